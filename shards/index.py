@@ -1,0 +1,137 @@
+"""The contract between writer and reader of a shard folder: names, columns, and how to open them.
+
+    index.json      what is in the folder: format, dataset cards, settings, fingerprint, and every tar's size and digest
+    samples.arrow   one row a sample, mapped into memory and never parsed
+    <tar>.idx       where the members of a tar lie, in the words of NVIDIA DALI's own reader
+"""
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from shards import folder as folders
+
+FORMAT = 1
+NO_LABEL = -1
+
+# Repeated words are dictionary-coded and nothing is ever null, so that a column maps into memory without a copy.
+SCHEMA = pa.schema(
+    [
+        pa.field("key", pa.string(), nullable=False),
+        pa.field("tar", pa.int32(), nullable=False),       # position in index.json's list
+        pa.field("offset", pa.int64(), nullable=False),    # of the image's first byte in its tar
+        pa.field("size", pa.int32(), nullable=False),      # of the image, bytes
+        pa.field("crc32", pa.uint32(), nullable=False),    # of the image's bytes
+        pa.field("dataset", pa.dictionary(pa.int16(), pa.string()), nullable=False),
+        pa.field("slide", pa.dictionary(pa.int32(), pa.string()), nullable=False),
+        pa.field("patient", pa.dictionary(pa.int32(), pa.string()), nullable=False),
+        pa.field("x", pa.int32(), nullable=False),         # level-0 pixels, top left
+        pa.field("y", pa.int32(), nullable=False),
+        pa.field("mpp", pa.float32(), nullable=False),     # microns per pixel of the tile; NaN where unknown
+        pa.field("label", pa.int32(), nullable=False),     # position in the dataset card's classes, or -1
+        pa.field("split", pa.dictionary(pa.int8(), pa.string()), nullable=False),
+        pa.field("stain", pa.dictionary(pa.int8(), pa.string()), nullable=False),
+        pa.field("organ", pa.dictionary(pa.int8(), pa.string()), nullable=False),
+        pa.field("encoding", pa.dictionary(pa.int8(), pa.string()), nullable=False),
+        pa.field("digest", pa.binary(16), nullable=False),  # of the pixels before encoding
+    ]
+)
+
+
+class ShardError(ValueError):
+    """A shard folder that is missing, incomplete or not what its index says."""
+
+    exit_code = 3
+
+
+@dataclass(frozen=True)
+class Tar:
+    """One tar as the writer left it: bytes and SHA-256 of the whole file."""
+
+    name: str
+    samples: int
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Index:
+    """The content of index.json."""
+
+    datasets: list[dict[str, Any]]     # cards: name, organ, stain, licence, classes, ...
+    settings: dict[str, Any]           # everything that decided which bytes were written
+    fingerprint: str                   # of the settings and of every tar
+    tars: list[Tar]
+    format: int = FORMAT
+
+    @property
+    def samples(self) -> int:
+        return sum(tar.samples for tar in self.tars)
+
+
+def read(folder: Path) -> Index:
+    """The index of a finished shard folder."""
+    path = folder / "index.json"
+    if not folder.is_dir():
+        raise ShardError(f"no shard folder at {folder} (looked in {Path.cwd()}); write it with: ssl-dist shard CONFIG "
+                         f"out={folder}")
+    if not path.is_file():
+        raise ShardError(f"{folder} has no index.json: it is not a shard folder, or its job has not finished; "
+                         "run the same `ssl-dist shard` command again to complete it")
+    try:
+        content = json.loads(path.read_text())
+        if content["format"] != FORMAT:
+            raise ShardError(f"{path} has format {content['format']}, this version reads {FORMAT}; "
+                             "shard again, or use the version that wrote it")
+        content["tars"] = [Tar(**tar) for tar in content["tars"]]
+        return Index(**content)
+    except (KeyError, TypeError, ValueError) as error:
+        if isinstance(error, ShardError):
+            raise
+        raise ShardError(f"{path} is not a readable index ({error}); restore it, or shard again") from error
+
+
+def write(folder: Path, index: Index) -> None:
+    """Publishes the folder: until this file exists, readers see nothing."""
+    folders.write_json(folder / "index.json", asdict(index))
+
+
+def samples(folder: Path) -> pa.Table:
+    """The sample table, mapped from disk: opening costs the same for a hundred rows and for a hundred million."""
+    path = folder / "samples.arrow"
+    try:
+        return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+    except (OSError, pa.ArrowInvalid) as error:
+        raise ShardError(f"{path} cannot be read ({error}); run: ssl-dist check {folder}") from error
+
+
+def write_samples(folder: Path, columns: dict[str, Iterable[Any]]) -> None:
+    """Writes samples.arrow from plain columns, one uncompressed record batch."""
+    arrays = [_column(field, columns[field.name]) for field in SCHEMA]
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_file(sink, SCHEMA) as writer:
+        writer.write_batch(pa.record_batch(arrays, schema=SCHEMA))
+    folders.write(folder / "samples.arrow", sink.getvalue().to_pybytes())
+
+
+def _column(field: pa.Field, values: Iterable[Any]) -> pa.Array:
+    if not pa.types.is_dictionary(field.type):
+        return pa.array(values, type=field.type)
+    coded = pa.array(values, type=pa.string()).dictionary_encode()
+    # Sorted words, so that the file depends on the samples alone and not on which word came first.
+    order = np.argsort(coded.dictionary.to_numpy(zero_copy_only=False).astype(str), kind="stable")
+    rank = np.empty(len(order), dtype=np.int64)
+    rank[order] = np.arange(len(order))
+    codes = pa.array(rank[coded.indices.to_numpy()], type=field.type.index_type)
+    return pa.DictionaryArray.from_arrays(codes, coded.dictionary.take(pa.array(order)))
+
+
+def idx(members: Iterable[list[tuple[str, int, int, str]]]) -> str:
+    """DALI's index of one tar; a sample is a list of (extension, offset of the data, size, file name)."""
+    lines = [" ".join(f"{ext} {offset} {size} {name}" for ext, offset, size, name in sample) for sample in members]
+    return "\n".join([f"v1.2 {len(lines)}", *lines]) + "\n"

@@ -1,0 +1,203 @@
+"""Corners of a slide, or image files -> encoded tiles and what is known of each."""
+
+import csv
+import hashlib
+import io
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from shards import tissue
+from shards.index import ShardError
+from shards.slide import Slide
+
+SLIDES = (".svs", ".tif", ".tiff", ".ndpi", ".mrxs", ".scn", ".bif", ".vms", ".vmu", ".svslide", ".dcm")
+IMAGES = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp")
+# Below this standard deviation of grey (of 255) a tile shows nothing: glass, a mounting line, a marker's ink.
+BLANK = 3.0
+
+
+@dataclass(frozen=True)
+class Source:
+    """One slide or one image file, and what is known of it before it is opened."""
+
+    path: Path
+    slide: str
+    patient: str
+    split: str = ""
+    label: str = ""
+    mpp: float | None = None        # microns per pixel at level 0, where the header should not be asked
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One accepted tile: x, y in level-0 pixels, size in pixels, mpp in microns per pixel of the tile (NaN: unknown)."""
+
+    key: str
+    source: Source
+    x: int
+    y: int
+    mpp: float
+    size: tuple[int, int]
+    label: str                      # "" where unlabelled
+    image: bytes
+    encoding: str                   # how the bytes came about: "jpeg-90-4:4:4", or "source" where they are untouched
+    digest: bytes                   # 128 bits: of the source's bytes where untouched, else of the pixels before encoding
+
+
+@dataclass(frozen=True)
+class Rejected:
+    """One tile or slide left out, and why."""
+
+    source: Source
+    reason: str
+    x: int | None = None
+    y: int | None = None
+
+
+@dataclass(frozen=True)
+class Jpeg:
+    """How tiles are encoded. 4:4:4 keeps the colour at full resolution, because the stain lives in it."""
+
+    quality: int
+    subsampling: str                # 4:4:4 or 4:2:0
+
+    def __call__(self, pixels: np.ndarray) -> bytes:
+        buffer = io.BytesIO()
+        Image.fromarray(pixels).save(buffer, "JPEG", quality=self.quality, subsampling=self.subsampling)
+        return buffer.getvalue()
+
+    def __str__(self) -> str:
+        return f"jpeg-{self.quality}-{self.subsampling}"
+
+
+def sources(folder: Path, suffixes: tuple[str, ...], names: str) -> list[Source]:
+    """Every slide or image below `folder`, in the order of its path, with what slides.csv and file names tell.
+
+    `names` is a regular expression searched in the path below `folder`; its groups slide, patient, split and label say
+    what they say. A row of `folder`/slides.csv (columns slide, patient, split, mpp, ...) goes before it.
+    """
+    if not folder.is_dir():
+        raise ShardError(f"no source folder at {folder} (looked in {Path.cwd()}); set source= to the folder that holds "
+                         "the slides or the tile images")
+    table = _table(folder / "slides.csv")
+    found = []
+    for path in sorted(folder.rglob("*")):
+        if path.suffix.lower() not in suffixes or not path.is_file():
+            continue
+        relative = path.relative_to(folder).as_posix()
+        match = re.search(names, relative) if names else None
+        if names and match is None:
+            raise ShardError(f"names={names!r} does not match {relative!r}; correct the expression, or move the file "
+                             "out of the source folder")
+        known = {name: word for name, word in (match.groupdict() if match else {}).items() if word is not None}
+        known.update(table.get(path.stem, {}))
+        slide = known.get("slide", path.stem)
+        found.append(Source(path=path, slide=slide, patient=known.get("patient", slide), split=known.get("split", ""),
+                            label=known.get("label", ""), mpp=float(known["mpp"]) if known.get("mpp") else None))
+    if not found:
+        raise ShardError(f"nothing to shard below {folder}: no file ends in {', '.join(suffixes)}")
+    return found
+
+
+def _table(path: Path) -> dict[str, dict[str, str]]:
+    if not path.is_file():
+        return {}
+    with path.open(newline="") as handle:
+        rows = list(csv.DictReader(handle))
+    if rows and "slide" not in rows[0]:
+        raise ShardError(f"{path} has no column 'slide' (it has {', '.join(rows[0])}); name one after the slides' files")
+    return {row["slide"]: {name: word for name, word in row.items() if word and name} for row in rows}
+
+
+def key(*parts: str) -> str:
+    """A name of [a-z0-9_-] and at most 80 letters; names that had to change carry a digest, so none fall together."""
+    text = "-".join(parts)
+    tame = re.sub(r"[^a-z0-9_-]+", "_", text.lower())
+    if tame == text and len(tame) <= 80:
+        return tame
+    return f"{tame[:63]}-{hashlib.blake2b(text.encode(errors='surrogateescape'), digest_size=8).hexdigest()}"
+
+
+def of_slide(source: Source, *, size: int, mpp: float, min_tissue: float, annotated: bool, min_label: float,
+             encode: Jpeg, slide_mpp: float | None) -> Iterator[Tile | Rejected]:
+    """Every tile of the grid over one slide's tissue, `size` pixels wide at `mpp`, accepted or with a reason."""
+    with Slide(source.path, source.mpp or slide_mpp) as slide:
+        side = size * mpp / slide.mpp
+        if side > min(slide.width, slide.height):
+            yield Rejected(source, f"slide smaller than a tile: {slide.width} x {slide.height} pixels of {slide.mpp:g}"
+                                   f" microns hold no tile of {size} pixels of {mpp:g} microns")
+            return
+        found = tissue.mask(slide.thumbnail(tissue.MASK_MPP))
+        labels = Annotation.read(source.path.with_suffix(".geojson"), slide) if annotated else None
+        grid, fractions = tissue.corners(found, (slide.width, slide.height), side)
+        for (x, y), fraction in zip(grid.tolist(), fractions, strict=True):
+            if fraction < min_tissue:
+                yield Rejected(source, "background", x, y)
+                continue
+            pixels = slide.region(x, y, (size, size), mpp)
+            if pixels.mean(axis=-1).std() < BLANK:
+                yield Rejected(source, "blank", x, y)
+                continue
+            yield Tile(key=key(source.slide, f"x{x}", f"y{y}"), source=source, x=x, y=y, mpp=mpp, size=(size, size),
+                       label=labels.of(x, y, side, min_label) if labels else source.label, image=encode(pixels),
+                       encoding=str(encode), digest=hashlib.blake2b(pixels.tobytes(), digest_size=16).digest())
+
+
+def of_file(source: Source, *, mpp: float, encode: Jpeg) -> Tile | Rejected:
+    """One image file as one tile: a sound JPEG passes untouched, everything else is decoded and encoded."""
+    try:
+        content = source.path.read_bytes()
+        with Image.open(io.BytesIO(content)) as image:
+            untouched = image.format == "JPEG" and image.mode == "RGB"
+            pixels = np.asarray(image.convert("RGB"))       # decodes: what cannot be decoded must not reach a tar
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        return Rejected(source, f"not a readable image: {error}")
+    digest = hashlib.blake2b(content if untouched else pixels.tobytes(), digest_size=16).digest()
+    return Tile(key=key(*source.path.parts[-2:-1], source.path.stem), source=source, x=0, y=0, mpp=source.mpp or mpp,
+                size=(pixels.shape[1], pixels.shape[0]), label=source.label,
+                image=content if untouched else encode(pixels), encoding="source" if untouched else str(encode),
+                digest=digest)
+
+
+class Annotation:
+    """A pathologist's regions (QuPath's GeoJSON), drawn once as a coarse map of classes."""
+
+    def __init__(self, classes: list[str], drawn: np.ndarray, scale: float):
+        self.classes, self.drawn, self.scale = classes, drawn, scale        # scale: map pixels per level-0 pixel
+
+    @classmethod
+    def read(cls, path: Path, slide: Slide) -> "Annotation":
+        """The regions of `path`, drawn at the resolution of the tissue mask; later regions lie over earlier ones."""
+        scale = slide.mpp / tissue.MASK_MPP
+        canvas = Image.new("L", (max(1, round(slide.width * scale)), max(1, round(slide.height * scale))))
+        classes: list[str] = []
+        try:
+            for region in json.loads(path.read_text())["features"]:
+                name = region["properties"]["classification"]["name"]
+                if name not in classes:
+                    classes.append(name)
+                shape = region["geometry"]
+                for polygon in [shape["coordinates"]] if shape["type"] == "Polygon" else shape["coordinates"]:
+                    outline, *holes = [[(x * scale, y * scale) for x, y, *_ in ring] for ring in polygon]
+                    ImageDraw.Draw(canvas).polygon(outline, fill=classes.index(name) + 1)
+                    for hole in holes:
+                        ImageDraw.Draw(canvas).polygon(hole, fill=0)
+        except FileNotFoundError:
+            raise ShardError(f"no annotation at {path}; write one beside the slide, or set labels=names") from None
+        except (KeyError, TypeError, ValueError) as error:
+            raise ShardError(f"{path} is not a QuPath GeoJSON of polygons ({error!r}); export it again, or set "
+                             "labels=names") from None
+        return cls(classes, np.asarray(canvas), scale)
+
+    def of(self, x: int, y: int, side: float, min_label: float) -> str:
+        """The class that covers at least `min_label` of the square, or "" where none does."""
+        left, top, right, bottom = (round(edge * self.scale) for edge in (x, y, x + side, y + side))
+        window = self.drawn[top:max(bottom, top + 1), left:max(right, left + 1)]
+        cover = np.bincount(window.ravel(), minlength=len(self.classes) + 1)[1:] / max(window.size, 1)
+        return self.classes[int(cover.argmax())] if cover.size and cover.max() >= min_label else ""

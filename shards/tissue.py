@@ -1,0 +1,79 @@
+"""Where the tissue is: thumbnail -> mask -> corners of the tiles worth cutting."""
+
+import numpy as np
+
+# Coarse enough to be quick, fine enough to see the wall of a fat cell, which is two microns thin.
+MASK_MPP = 4.0
+# Tissue is denser than the glass around it by at least FAINT (the wall of a fat cell, averaged over a mask pixel) and
+# by DENSE at the most; Otsu's threshold decides between and may not wander further.
+FAINT, DENSE = 0.015, 0.06
+# Fat cells are empty holes of 50-100 microns: bridging so much makes fat one piece of tissue. What is then still
+# narrower than a few cells is dust.
+BRIDGE, DUST = 100.0, 40.0
+
+
+def optical_density(rgb: np.ndarray) -> np.ndarray:
+    """Mean optical density of each pixel against white glass."""
+    light = np.maximum(rgb.astype(np.float32), 1) / 255
+    return -np.log10(light).mean(axis=-1)
+
+
+def otsu(values: np.ndarray, low: float, high: float) -> float:
+    """The threshold within [low, high] that best parts `values` in two."""
+    counts, edges = np.histogram(values, bins=256)
+    centres = (edges[:-1] + edges[1:]) / 2
+    below = np.cumsum(counts)
+    above = below[-1] - below
+    moment = np.cumsum(counts * centres)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        spread = below * above * (moment / below - (moment[-1] - moment) / above) ** 2
+    return float(np.clip(centres[np.nanargmax(np.where(np.isfinite(spread), spread, -1))], low, high))
+
+
+def glass(density: np.ndarray) -> float:
+    """The optical density of the empty slide: the commonest among the pale pixels, for glass is never quite white."""
+    counts, edges = np.histogram(density, bins=60, range=(0.0, 0.12))
+    return float(edges[counts.argmax()]) if counts.any() else 0.0
+
+
+def mask(thumbnail: np.ndarray, mpp: float = MASK_MPP) -> np.ndarray:
+    """True where there is tissue, at the thumbnail's resolution."""
+    density = optical_density(thumbnail)
+    empty = glass(density)
+    found = density > otsu(density, empty + FAINT, empty + DENSE)
+    bridge, dust = (max(1, round(width / 2 / mpp)) for width in (BRIDGE, DUST))
+    margin = bridge + dust
+    closed = ~_grown(~_grown(np.pad(found, margin), bridge), bridge)
+    opened = _grown(~_grown(~closed, dust), dust)
+    return opened[margin:-margin, margin:-margin]
+
+
+def _grown(region: np.ndarray, reach: int) -> np.ndarray:
+    """True within `reach` pixels (a square) of what is True; by running sums, so the reach costs nothing."""
+    for axis in (0, 1):
+        total = np.cumsum(np.pad(region, [(reach + 1, reach) if axis == each else (0, 0) for each in (0, 1)]),
+                          axis=axis, dtype=np.int32)
+        ahead, behind = np.split(total, [2 * reach + 1], axis=axis)[1], total.take(range(region.shape[axis]), axis)
+        region = ahead > behind
+    return region
+
+
+def corners(tissue: np.ndarray, slide: tuple[int, int], side: float) -> tuple[np.ndarray, np.ndarray]:
+    """Top-left corners (N, 2) of a grid of squares of `side` level-0 pixels, and the tissue fraction (N,) of each.
+
+    `slide` is the slide's (width, height) in level-0 pixels; squares that do not lie wholly inside are not offered.
+    """
+    width, height = slide
+    columns, rows = int(width // side), int(height // side)
+    grid = np.stack(np.meshgrid(np.arange(columns), np.arange(rows)), axis=-1).reshape(-1, 2)
+    # Sums over rectangles from a running sum: the cost does not depend on the size of a tile.
+    total = np.zeros((tissue.shape[0] + 1, tissue.shape[1] + 1))
+    total[1:, 1:] = tissue.cumsum(0).cumsum(1)
+    to_mask = np.array([tissue.shape[1] / width, tissue.shape[0] / height])
+    start = np.floor(grid * side * to_mask).astype(int)
+    stop = np.maximum(np.ceil((grid + 1) * side * to_mask).astype(int), start + 1)
+    stop = np.minimum(stop, [tissue.shape[1], tissue.shape[0]])
+    (left, top), (right, bottom) = start.T, stop.T
+    inside = total[bottom, right] - total[top, right] - total[bottom, left] + total[top, left]
+    fraction = inside / np.maximum((right - left) * (bottom - top), 1)
+    return np.round(grid * side).astype(np.int64), fraction

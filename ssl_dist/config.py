@@ -1,0 +1,191 @@
+"""What a run is told: the tree of settings, the recipes that come along, and what is derived from them.
+
+A number is written once. Whatever follows from it (a rank's batch, DeepSpeed's dictionary) is computed below.
+"""
+
+import difflib
+import importlib
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from ssl_dist import schema
+from ssl_dist.schema import ConfigError
+
+
+@dataclass
+class Data:
+    shards: list[Path] = field(metadata={"exists": True, "some": True, "help": "shard folders",
+                                         "otherwise": "; write it with: ssl-dist shard CONFIG out=FOLDER"})
+    split: str = field(default="", metadata={"help": "only tiles of this split; empty: all"})
+    batch: int = field(default=256, metadata={"range": (1, 10**6), "help": "tiles a step, over all ranks"})
+    window: int = field(default=16, metadata={"range": (1, 10**6), "help": "tars whose tiles are permuted together"})
+    threads: int = field(default=0, metadata={"range": (0, 1024), "help": "a rank; 0: its share of the cores"})
+    ahead: int = field(default=3, metadata={"range": (1, 64), "help": "batches kept ready before the step"})
+
+
+@dataclass
+class Encoder:
+    name: str = field(default="resnet18", metadata={"help": "a timm architecture"})
+    args: dict[str, Any] = field(default_factory=dict, metadata={"help": "passed to timm.create_model"})
+    mean: tuple[float, float, float] = field(default=(0.5, 0.5, 0.5), metadata={"range": (0, 1)})
+    std: tuple[float, float, float] = field(default=(0.5, 0.5, 0.5), metadata={"range": (0.01, 1)})
+    batchnorm: str = field(default="synchronised", metadata={"choices": ("synchronised", "local")})
+
+
+@dataclass
+class Optim:
+    name: str = field(default="adamw", metadata={"choices": ("adamw", "sgd", "lars")})
+    lr: float = field(default=1e-3, metadata={"range": (0, 1000), "help": "at the top of the schedule"})
+    warmup: float = field(default=0.05, metadata={"range": (0, 1), "help": "fraction of the run"})
+    final_lr: float = field(default=0.0, metadata={"range": (0, 1000)})
+    weight_decay: float = field(default=1e-4, metadata={"range": (0, 10)})
+    momentum: float = field(default=0.9, metadata={"range": (0, 1), "help": "sgd and lars"})
+    clip: float = field(default=0.0, metadata={"range": (0, 1e6), "help": "gradient norm; 0: never"})
+
+
+@dataclass
+class Checkpoint:
+    every: int = field(default=500, metadata={"range": (1, 10**9), "help": "steps"})
+    keep: int = field(default=2, metadata={"range": (2, 10**6), "help": "the newest; one alone may be in the making"})
+
+
+@dataclass
+class Log:
+    every: int = field(default=10, metadata={"range": (1, 10**6), "help": "steps a line of metrics.jsonl stands for"})
+    pictures: int = field(default=6, metadata={"range": (0, 64), "help": "tiles drawn with their views at the start"})
+
+
+@dataclass
+class Debug:
+    ledger: bool = field(default=False, metadata={"help": "write down every sample every rank sees"})
+
+
+@dataclass
+class Train:
+    """`ssl-dist train`."""
+
+    run: Path = field(metadata={"help": "run folder to write"})
+    data: Data
+    method: dict[str, Any] = field(metadata={"help": "name=simclr and the method's own keys"})
+    steps: int = field(metadata={"range": (1, 10**9), "help": "optimizer steps of the whole run"})
+    stop: int | None = field(default=None, metadata={"range": (1, 10**9), "help": "end the attempt after this step"})
+    seed: int = field(default=0, metadata={"range": (0, 2**63 - 1)})
+    device: str = field(default="auto", metadata={"choices": ("auto", "cpu", "cuda")})
+    precision: str = field(default="fp32", metadata={"choices": ("fp32", "bf16")})
+    encoder: Encoder = field(default_factory=Encoder)
+    optim: Optim = field(default_factory=Optim)
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    log: Log = field(default_factory=Log)
+    debug: Debug = field(default_factory=Debug)
+
+    def rules(self) -> list[str]:
+        """What cannot be said of one value alone."""
+        broken = []
+        name = self.method.get("name")
+        if name not in methods():
+            close = difflib.get_close_matches(str(name), methods(), n=1)
+            broken.append(f"method.name={name!r} is not one of {', '.join(methods())}"
+                          + (f"; did you mean {close[0]!r}?" if close else ""))
+        if self.optim.final_lr > self.optim.lr:
+            broken.append(f"optim.final_lr={self.optim.final_lr} lies above optim.lr={self.optim.lr}")
+        return broken
+
+
+@dataclass
+class EvalData:
+    shards: list[Path] = field(metadata={"exists": True, "some": True, "help": "labelled shard folders"})
+    bank: str = field(default="train", metadata={"help": "split whose labels are known"})
+    query: str = field(default="test", metadata={"help": "split whose labels are guessed"})
+
+
+@dataclass
+class Eval:
+    """`ssl-dist eval`."""
+
+    encoder: Path = field(metadata={"exists": True, "help": "an exported encoder folder",
+                                    "otherwise": "; a run writes it as RUN/encoder when it ends"})
+    data: EvalData
+    protocol: str = field(default="knn", metadata={"choices": ("knn",)})
+    out: Path | None = field(default=None, metadata={"help": "folder of results; null: eval/ beside the encoder"})
+    size: int = field(default=224, metadata={"range": (16, 4096), "help": "pixels a tile is resized to"})
+    k: int = field(default=20, metadata={"range": (1, 10**6), "help": "neighbours that vote"})
+    temperature: float = field(default=0.07, metadata={"range": (1e-3, 100), "help": "of the votes"})
+    baselines: list[str] = field(default_factory=lambda: ["random"], metadata={"choices": ("random",)})
+    batch: int = field(default=256, metadata={"range": (1, 10**6)})
+    threads: int = field(default=0, metadata={"range": (0, 1024), "help": "0: all cores"})
+    device: str = field(default="auto", metadata={"choices": ("auto", "cpu", "cuda")})
+    seed: int = field(default=0, metadata={"range": (0, 2**63 - 1), "help": "of the random baseline"})
+
+    def rules(self) -> list[str]:
+        """What cannot be said of one value alone."""
+        same = self.data.bank == self.data.query
+        return [f"data.bank and data.query are both {self.data.bank!r}: every tile would find itself"] if same else []
+
+
+def load(kind: type, name: str, overrides: list[str]) -> Any:
+    """A config of one kind from a recipe, by path or by name, and key=value words."""
+    return schema.load(kind, recipe(name), overrides)
+
+
+def load_train(name: str, overrides: list[str]) -> Train:
+    """A training config with its method's own keys checked and filled in; imports the method, and so torch."""
+    train = load(Train, name, overrides)
+    return replace(train, method={"name": train.method["name"], **schema._plain(method_config(train, name))})
+
+
+def method_config(train: Train, where: str = "config") -> Any:
+    """The method's own `Config`, from the keys below `method:`."""
+    module = importlib.import_module(f"ssl_dist.methods.{train.method['name']}")
+    own = {key: value for key, value in train.method.items() if key != "name"}
+    return schema.build(module.Config, own, where=where, prefix="method.")
+
+
+def methods() -> list[str]:
+    """The methods there are: the files of the folder `methods/`, but for what they share."""
+    folder = Path(__file__).parent / "methods"
+    return sorted(path.stem for path in folder.glob("*.py") if path.stem not in ("__init__", "base", "losses"))
+
+
+def recipes() -> Path:
+    """The folder of recipes: inside an installed wheel, or beside the package in a checkout."""
+    here = Path(__file__).parent
+    return here / "configs" if (here / "configs").is_dir() else here.parent / "configs"
+
+
+def recipe(name: str) -> Path:
+    """The file of a recipe given by path (configs/demo.yaml) or by name (demo, pretrain/simclr)."""
+    tried = [Path(name), Path(f"{name}.yaml"), recipes() / name, recipes() / f"{name}.yaml",
+             recipes() / name.removeprefix("configs/")]
+    for path in tried:
+        if path.is_file():
+            return path
+    known = [path.relative_to(recipes()).with_suffix("").as_posix() for path in sorted(recipes().rglob("*.yaml"))]
+    close = difflib.get_close_matches(name.removeprefix("configs/").removesuffix(".yaml"), known, n=1)
+    raise ConfigError([f"no config {name} (looked in {Path.cwd()} and among the recipes)"
+                       + (f"; did you mean {close[0]}?" if close else "; `ssl-dist recipes` lists them")])
+
+
+def rank_batch(train: Train, world: int) -> int:
+    """The tiles of a step that one rank takes."""
+    if train.data.batch % world:
+        near = [world * (train.data.batch // world + more) for more in (0, 1)]
+        raise ConfigError([f"data.batch={train.data.batch} cannot be shared evenly by {world} ranks; "
+                           f"use data.batch={near[0] or near[1]} or {near[1]}, or another number of ranks"])
+    return train.data.batch // world
+
+
+def deepspeed(train: Train, world: int) -> dict[str, Any]:
+    """DeepSpeed's own configuration. Every key that touches a number is named: a default of 1.0 clips in silence."""
+    return {
+        "train_batch_size": train.data.batch,
+        "train_micro_batch_size_per_gpu": rank_batch(train, world),
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": train.optim.clip,
+        "zero_optimization": {"stage": 0},
+        "zero_allow_untested_optimizer": True,
+        # bf16.enabled would cast parameters and leave BatchNorm's buffers behind; autocast keeps fp32 masters.
+        "torch_autocast": {"enabled": train.precision == "bf16", "dtype": "bfloat16"},
+        "steps_per_print": 2**31 - 1,           # we log ourselves
+        "wall_clock_breakdown": False,
+    }

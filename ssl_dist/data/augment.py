@@ -1,0 +1,89 @@
+"""The random numbers of every view: a pure function of (seed, epoch, position, view).
+
+Each sample and view owns 64 uniforms, so a rank draws its own slice without knowing the others, and a view that uses
+one number more does not move its neighbour's.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from ssl_dist.data import stain
+from ssl_dist.data.batch import View
+
+UNIFORMS = 64       # a sample and view; a Philox counter yields four words, so 16 counters
+ATTEMPTS = 10       # at a crop that fits, as in torchvision's RandomResizedCrop
+
+# Which of the 64 is what. Never renumber: a run that resumes must find its numbers again.
+CROP, PLACE, FLIP, JITTER, COLOUR, GREY, BLUR, SIGMA, SOLARISE, STAIN = 0, 20, 22, 24, 25, 29, 30, 31, 32, 33
+
+LUMA = np.array([0.299, 0.587, 0.114])
+TO_YIQ = np.array([[0.299, 0.587, 0.114], [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]])
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """What a kernel needs to draw one view of N tiles, in the order it is applied."""
+
+    box_N4: np.ndarray          # x, y, width, height of the crop as fractions of the tile
+    stain_N34: np.ndarray       # affine map in natural optical density
+    colour_N34: np.ndarray      # affine map of RGB in 0..1
+    sigma_N: np.ndarray         # of the blur, pixels of the view; 0: none
+    solarise_N: np.ndarray      # True: invert what is brighter than half
+    flip_N2: np.ndarray         # left-right, up-down
+
+
+def uniforms(seed: int, epoch: int, view: int, first: int, count: int) -> np.ndarray:
+    """(count, 64) numbers in [0, 1) for `count` consecutive positions from `first`."""
+    source = np.random.Philox(key=[seed, epoch], counter=[16 * first, 0, view, 0])
+    words = source.random_raw(UNIFORMS * count).reshape(count, UNIFORMS)
+    return (words >> 11) * 2.0**-53
+
+
+def numbers(view: View, u_NU: np.ndarray) -> Numbers:
+    """The numbers of one view from its uniforms."""
+    count = len(u_NU)
+    jittered = u_NU[:, JITTER] < view.jitter
+    strength = np.array([view.brightness, view.contrast, view.saturation, view.hue])
+    change = (2 * u_NU[:, COLOUR:COLOUR + 4] - 1) * strength * jittered[:, None]
+    amounts = (2 * u_NU[:, STAIN:STAIN + 6] - 1) * view.stain
+    matrix, offset = stain.affine(1 + amounts[:, :3], amounts[:, 3:])
+    low, high = view.sigma
+    return Numbers(
+        box_N4=boxes(u_NU, view.scale, view.ratio),
+        stain_N34=np.concatenate([matrix, offset[:, :, None]], axis=2) if view.stain else np.empty((count, 0, 4)),
+        colour_N34=colour(change, u_NU[:, GREY] < view.grey),
+        sigma_N=np.where(u_NU[:, BLUR] < view.blur, low + (high - low) * u_NU[:, SIGMA], 0.0),
+        solarise_N=u_NU[:, SOLARISE] < view.solarise,
+        flip_N2=u_NU[:, FLIP:FLIP + 2] < [view.horizontal, view.vertical],
+    )
+
+
+def boxes(u_NU: np.ndarray, scale: tuple[float, float], ratio: tuple[float, float]) -> np.ndarray:
+    """Crops as fractions of a square tile: the first of ten random shapes that fits, or the whole tile."""
+    tries = u_NU[:, CROP:CROP + 2 * ATTEMPTS].reshape(-1, ATTEMPTS, 2)
+    area = scale[0] + (scale[1] - scale[0]) * tries[:, :, 0]
+    shape = np.exp(np.log(ratio[0]) + (np.log(ratio[1]) - np.log(ratio[0])) * tries[:, :, 1])
+    width, height = np.sqrt(area * shape), np.sqrt(area / shape)
+    fits = (width <= 1) & (height <= 1)
+    chosen = np.arange(len(tries)), fits.argmax(axis=1)
+    found = fits.any(axis=1)
+    size = np.stack([np.where(found, width[chosen], 1.0), np.where(found, height[chosen], 1.0)], axis=1)
+    return np.concatenate([(1 - size) * u_NU[:, PLACE:PLACE + 2], size], axis=1)
+
+
+def colour(change_N4: np.ndarray, grey_N: np.ndarray) -> np.ndarray:
+    """Brightness, contrast, saturation and hue, in this order, and then perhaps grey, as one affine map (N, 3, 4)."""
+    count = len(change_N4)
+    bright, contrast, saturation = (1 + change_N4[:, number, None, None] for number in range(3))
+    turn = 2 * np.pi * change_N4[:, 3]
+    rotation = np.zeros((count, 3, 3))
+    rotation[:, 0, 0] = 1
+    rotation[:, 1, 1] = rotation[:, 2, 2] = np.cos(turn)
+    rotation[:, 2, 1] = np.sin(turn)
+    rotation[:, 1, 2] = -rotation[:, 2, 1]
+    luma = np.tile(LUMA, (3, 1))
+    mixing = np.linalg.inv(TO_YIQ) @ rotation @ TO_YIQ @ (saturation * np.eye(3) + (1 - saturation) * luma)
+    mixing = np.where(grey_N[:, None, None], luma @ mixing, mixing)
+    lift = mixing @ np.full((3, 1), 0.5) * (1 - contrast)
+    return np.concatenate([mixing * (bright * contrast), lift], axis=2)

@@ -1,0 +1,58 @@
+"""What crosses from data to methods: the views a method declares, and the batch it receives.
+
+B tiles of one rank   H, W pixels of a view
+"""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Interval = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class View:
+    """How one view of a tile is drawn. Strengths of 0 and chances of 0 switch a step off.
+
+    The colour defaults are the weak ones used with stain augmentation on histology, and a vertical flip is as likely as
+    a horizontal one, for tissue has no up. Contrast pivots on mid grey, not on the picture's own mean: so the whole
+    colour step is one matrix that depends on numbers alone.
+    """
+
+    size: int = field(default=224, metadata={"range": (8, 2048), "help": "pixels, square"})
+    scale: Interval = field(default=(0.2, 1.0), metadata={"range": (0.001, 1), "help": "area of the tile that is cut"})
+    ratio: Interval = field(default=(0.75, 4 / 3), metadata={"range": (0.1, 10), "help": "width over height"})
+    horizontal: float = field(default=0.5, metadata={"range": (0, 1), "help": "chance of a left-right flip"})
+    vertical: float = field(default=0.5, metadata={"range": (0, 1), "help": "chance of an up-down flip"})
+    jitter: float = field(default=0.8, metadata={"range": (0, 1), "help": "chance of colour jitter"})
+    brightness: float = field(default=0.2, metadata={"range": (0, 1)})
+    contrast: float = field(default=0.2, metadata={"range": (0, 1)})
+    saturation: float = field(default=0.2, metadata={"range": (0, 1)})
+    hue: float = field(default=0.05, metadata={"range": (0, 0.5), "help": "turns of the colour circle"})
+    grey: float = field(default=0.2, metadata={"range": (0, 1), "help": "chance of losing colour"})
+    stain: float = field(default=0.0, metadata={"range": (0, 1), "help": "haematoxylin, eosin and residual are each "
+                                                "scaled by 1 ± this and shifted by ± this"})
+    blur: float = field(default=0.5, metadata={"range": (0, 1), "help": "chance of Gaussian blur"})
+    sigma: Interval = field(default=(0.1, 2.0), metadata={"range": (0.01, 20), "help": "of the blur, pixels"})
+    solarise: float = field(default=0.0, metadata={"range": (0, 1), "help": "chance of inverting what is bright"})
+
+    def rules(self) -> list[str]:
+        """What cannot be said of one value alone."""
+        return [f"{name}={list(interval)} runs from high to low" for name, interval in
+                (("scale", self.scale), ("ratio", self.ratio), ("sigma", self.sigma)) if interval[0] > interval[1]]
+
+
+@dataclass
+class Batch:
+    """One rank's share of a step."""
+
+    views: list[Tensor]             # uint8 BHW3, one tensor a declared view; the encoder normalises
+    boxes: list[np.ndarray]         # B4: x, y, width, height of each view's crop, as fractions of its tile
+    rows: np.ndarray                # B: rows of the catalogue
+    positions: np.ndarray           # B: places in the epoch's order
+
+    def to(self, device: torch.device) -> "Batch":
+        """The batch with its pixels on `device`."""
+        return Batch([view.to(device, non_blocking=True) for view in self.views], self.boxes, self.rows, self.positions)

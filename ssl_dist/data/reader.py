@@ -1,0 +1,122 @@
+"""Several shard folders as one catalogue of samples, and the bytes of any of them, held against the index."""
+
+import os
+import resource
+import zlib
+from collections import OrderedDict
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from shards import index
+from shards.index import ShardError
+
+
+class Reader:
+    """The samples of one split (all, where it is empty), tar by tar. A row is a sample's number in the catalogue."""
+
+    def __init__(self, folders: list[Path], split: str = ""):
+        self.folders, self.split = [Path(folder) for folder in folders], split
+        self.indexes = [index.read(folder) for folder in self.folders]
+        self.tables = [index.samples(folder) for folder in self.folders]
+        self.tars: list[Path] = []
+        self._spans: list[tuple[int, int, int]] = []        # a tar's folder, first row and end, in the folder's table
+        self._selected: list[np.ndarray | None] = []        # a folder's rows of the split; None: all
+        counts: list[np.ndarray] = []
+        self._base = np.cumsum([0, *(table.num_rows for table in self.tables)])
+        for number, (folder, found, table) in enumerate(zip(self.folders, self.indexes, self.tables, strict=True)):
+            self._hold(folder, found, table)
+            edges = np.cumsum([0, *(tar.samples for tar in found.tars)])
+            chosen = _rows_of(table, split) if split else None
+            places = edges if chosen is None else np.searchsorted(chosen, edges)
+            self.tars += [folder / tar.name for tar in found.tars]
+            self._spans += [(number, int(first), int(end)) for first, end in zip(places[:-1], places[1:], strict=True)]
+            self._selected.append(chosen)
+            counts.append(np.diff(places))
+        self.counts = np.concatenate(counts)                # samples a tar
+        self._tar_base = np.cumsum([0, *(len(found.tars) for found in self.indexes)])
+        self._open: OrderedDict[int, int] = OrderedDict()   # tar -> file descriptor, the longest unused first
+        self._open_limit = max(8, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4)
+        if not self.counts.sum():
+            raise ShardError(f"no tile of split {split!r} in {', '.join(map(str, self.folders))}; the splits there: "
+                             f"{', '.join(map(repr, self.splits()))}")
+
+    @staticmethod
+    def _hold(folder: Path, found: index.Index, table: pa.Table) -> None:
+        """Sizes against the index, before the first step: a tar cut short must not look like a small one."""
+        if table.num_rows != found.samples:
+            raise ShardError(f"{folder}/samples.arrow has {table.num_rows} rows, index.json counts {found.samples}; "
+                             f"run: ssl-dist check {folder}")
+        for tar in found.tars:
+            path = folder / tar.name
+            size = path.stat().st_size if path.is_file() else None
+            if size != tar.bytes:
+                state = "is missing" if size is None else f"has {size} bytes, should have {tar.bytes}"
+                raise ShardError(f"{path} {state}; restore it, then run: ssl-dist check {folder}")
+
+    def splits(self) -> list[str]:
+        """The words that the split column holds."""
+        return sorted({word for table in self.tables for word in table["split"].combine_chunks().dictionary.to_pylist()})
+
+    def rows(self, tars: np.ndarray, members: np.ndarray) -> np.ndarray:
+        """Catalogue rows of members (numbered within the split) of tars."""
+        rows = np.empty(len(tars), dtype=np.int64)
+        for place, (tar, member) in enumerate(zip(tars.tolist(), members.tolist(), strict=True)):
+            folder, first, _ = self._spans[tar]
+            chosen = self._selected[folder]
+            rows[place] = self._base[folder] + (first + member if chosen is None else chosen[first + member])
+        return rows
+
+    def all_rows(self) -> np.ndarray:
+        """Every row of the split, in the order of the catalogue."""
+        return np.concatenate([base + (np.arange(table.num_rows) if chosen is None else chosen)
+                               for base, table, chosen in zip(self._base, self.tables, self._selected, strict=False)])
+
+    def column(self, name: str, rows: np.ndarray) -> list:
+        """One column of the sample tables at the given rows, as plain values."""
+        values: list = [None] * len(rows)
+        folder = np.searchsorted(self._base, rows, side="right") - 1
+        for number in np.unique(folder):
+            here = np.flatnonzero(folder == number)
+            taken = self.tables[number][name].take(pa.array(rows[here] - self._base[number])).to_pylist()
+            for place, value in zip(here.tolist(), taken, strict=True):
+                values[place] = value
+        return values
+
+    def read(self, rows: np.ndarray) -> list[np.ndarray]:
+        """The encoded images of rows, each in fresh memory and with the checksum that the writer took."""
+        columns = {name: self.column(name, rows) for name in ("tar", "offset", "size", "crc32")}
+        folder = np.searchsorted(self._base, rows, side="right") - 1
+        images = []
+        for place, row in enumerate(rows.tolist()):
+            tar = int(self._tar_base[folder[place]]) + columns["tar"][place]
+            content = os.pread(self._descriptor(tar), columns["size"][place], columns["offset"][place])
+            if zlib.crc32(content) != columns["crc32"][place]:
+                raise ShardError(f"{self.tars[tar]} changed on disk: tile {self.column('key', rows[[place]])[0]!r} at "
+                                 f"byte {columns['offset'][place]} (row {row}) is not what was written; run: "
+                                 f"ssl-dist check {self.tars[tar].parent}")
+            images.append(np.frombuffer(content, dtype=np.uint8))
+        return images
+
+    def _descriptor(self, tar: int) -> int:
+        if tar not in self._open:
+            if len(self._open) >= self._open_limit:
+                os.close(self._open.popitem(last=False)[1])
+            try:
+                self._open[tar] = os.open(self.tars[tar], os.O_RDONLY)
+            except OSError as error:
+                raise ShardError(f"{self.tars[tar]} cannot be opened any more ({error.strerror}); restore it, then run "
+                                 f"the same command again to resume") from error
+        self._open.move_to_end(tar)
+        return self._open[tar]
+
+    def close(self) -> None:
+        """Closes the tars."""
+        while self._open:
+            os.close(self._open.popitem()[1])
+
+
+def _rows_of(table: pa.Table, split: str) -> np.ndarray:
+    return np.flatnonzero(pc.equal(table["split"].combine_chunks().dictionary_decode(), split).to_numpy(False))

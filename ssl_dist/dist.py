@@ -1,0 +1,148 @@
+"""Ranks: who am I, how many are we, and values that all of us agree on.
+
+N all samples of a step   B one rank's   D width
+"""
+
+import os
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as c10d
+from torch import Tensor
+
+
+def start(device: torch.device, minutes: float = 10) -> None:
+    """Joins the ranks that torchrun or SLURM started, or makes a group of one that needs no port."""
+    backend, patience = "nccl" if device.type == "cuda" else "gloo", timedelta(minutes=minutes)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if "RANK" in os.environ and "MASTER_ADDR" in os.environ:
+        c10d.init_process_group(backend, timeout=patience)
+    else:
+        # DeepSpeed looks for these even in a group of one.
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
+        c10d.init_process_group(backend, store=c10d.HashStore(), rank=0, world_size=1, timeout=patience)
+
+
+def stop() -> None:
+    """Leaves the group; without it a gloo process may end in an abort."""
+    if c10d.is_initialized():
+        c10d.destroy_process_group()
+
+
+def device(wanted: str) -> torch.device:
+    """The device of this rank: its own GPU, or the CPU."""
+    if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise RuntimeError("device=cuda, but torch sees no GPU; `ssl-dist doctor` says why, device=auto takes the CPU")
+    return torch.device("cuda", local_rank())
+
+
+def rank() -> int:
+    """This process among all; 0 where nothing was started."""
+    return c10d.get_rank() if c10d.is_initialized() else int(os.environ.get("RANK", 0))
+
+
+def world() -> int:
+    """How many processes there are; 1 where nothing was started."""
+    return c10d.get_world_size() if c10d.is_initialized() else int(os.environ.get("WORLD_SIZE", 1))
+
+
+def local_rank() -> int:
+    """This process among those of its machine."""
+    return int(os.environ.get("LOCAL_RANK", 0))
+
+
+def local_world() -> int:
+    """How many processes share this machine's cores."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def barrier() -> None:
+    """Waits until every rank is here."""
+    if world() > 1:
+        c10d.barrier()
+
+
+def gather(value: Any) -> list[Any]:
+    """Every rank's value, on every rank."""
+    if world() == 1:
+        return [value]
+    values: list[Any] = [None] * world()
+    c10d.all_gather_object(values, value)
+    return values
+
+
+def first(value: Any) -> Any:
+    """Rank 0's value, on every rank."""
+    if world() == 1:
+        return value
+    box = [value]
+    c10d.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def largest(values: list[float], device: torch.device) -> list[float]:
+    """The largest of each value over the ranks; not-a-number counts as infinitely large."""
+    tensor = torch.tensor(values, device=device, dtype=torch.float64).nan_to_num(nan=float("inf"))
+    if world() > 1:
+        c10d.all_reduce(tensor, op=c10d.ReduceOp.MAX)
+    return tensor.tolist()
+
+
+def mean(scalars: dict[str, float], device: torch.device) -> dict[str, float]:
+    """The mean of each value over the ranks."""
+    tensor = torch.tensor(list(scalars.values()), device=device, dtype=torch.float64)
+    if world() > 1:
+        c10d.all_reduce(tensor)
+    return dict(zip(scalars, (tensor / world()).tolist(), strict=True))
+
+
+class _Gather(torch.autograd.Function):
+    """Concatenation over ranks whose gradient returns to every rank.
+
+    Gradients are averaged over ranks afterwards. Every rank computes the same global loss from the gathered tensor, so
+    each holds the full gradient of its own slice; summing over ranks and averaging over ranks cancel. The own slice
+    is therefore taken from the sum.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, own_BD: Tensor) -> Tensor:
+        parts = [torch.empty_like(own_BD) for _ in range(world())]
+        c10d.all_gather(parts, own_BD.contiguous())
+        ctx.share = len(own_BD)
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, gradient_ND: Tensor) -> Tensor:      # type: ignore[override]
+        gradient_ND = gradient_ND.contiguous()
+        c10d.all_reduce(gradient_ND)
+        return gradient_ND[rank() * ctx.share:(rank() + 1) * ctx.share]
+
+
+def gather_with_gradient(own_BD: Tensor) -> Tensor:
+    """All ranks' rows in the order of the ranks, differentiable."""
+    return _Gather.apply(own_BD) if world() > 1 else own_BD
+
+
+class _Sum(torch.autograd.Function):
+    """Sum over ranks; every rank's use of the sum sends its gradient to every rank's part."""
+
+    @staticmethod
+    def forward(ctx: Any, own: Tensor) -> Tensor:       # noqa: ARG004
+        total = own.clone()
+        c10d.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:     # type: ignore[override]  # noqa: ARG004
+        total = gradient.contiguous().clone()
+        c10d.all_reduce(total)
+        return total
+
+
+def sum_with_gradient(own: Tensor) -> Tensor:
+    """The sum over ranks, differentiable."""
+    return _Sum.apply(own) if world() > 1 else own

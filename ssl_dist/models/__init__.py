@@ -1,0 +1,1 @@
+"""Networks: encoders from timm, heads, and a BatchNorm that sees every rank."""

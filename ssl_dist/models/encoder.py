@@ -1,0 +1,103 @@
+"""A timm network from uint8 tiles to one vector each. The only timm.
+
+B tiles   H, W pixels   D width of the vector
+"""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from timm.models import save_for_hf
+from torch import Tensor, nn
+
+from ssl_dist.models.batchnorm import synchronise
+
+
+class EncoderError(ValueError):
+    """An architecture or an exported folder that cannot be built."""
+
+    exit_code = 2
+
+
+class Encoder(nn.Module):
+    """A timm backbone that takes pixels as they come from the data path and normalises them itself."""
+
+    def __init__(self, name: str, args: dict[str, Any], mean: tuple[float, ...], std: tuple[float, ...]):
+        super().__init__()
+        self.name, self.args, self.mean, self.std = name, dict(args), tuple(mean), tuple(std)
+        try:
+            self.network = timm.create_model(name, pretrained=False, num_classes=0, **_tuples(args))
+        except (RuntimeError, TypeError, ValueError, AssertionError) as error:
+            close = timm.list_models(f"*{name.split('_')[0]}*")[:3]
+            raise EncoderError(f"timm cannot build encoder.name={name!r} with encoder.args={args} ({error})"
+                               + (f"; near it: {', '.join(close)}" if close else "")) from None
+        self.width = self.network.num_features
+        self.register_buffer("_mean_C", torch.tensor(mean).view(1, 3, 1, 1) * 255, persistent=False)
+        self.register_buffer("_std_C", torch.tensor(std).view(1, 3, 1, 1) * 255, persistent=False)
+
+    def forward(self, pixels_BHW3: Tensor) -> Tensor:
+        """uint8 (B, H, W, 3) -> (B, D)."""
+        # A permuted view of HWC is channels_last already: no copy but the one that changes the type.
+        pixels_B3HW = pixels_BHW3.permute(0, 3, 1, 2).float()
+        return self.network((pixels_B3HW - self._mean_C) / self._std_C)
+
+    def synchronised(self) -> "Encoder":
+        """The same encoder with BatchNorm over all ranks."""
+        synchronise(self.network)
+        return self
+
+    def save(self, folder: Path, about: dict[str, Any]) -> None:
+        """Writes config.json and model.safetensors as timm loads them; `about` goes into config.json under `ssl_dist`."""
+        # A plain twin: timm must find its own BatchNorm, and the weights' names are the same.
+        plain = timm.create_model(self.name, pretrained=False, num_classes=0, **_tuples(self.args))
+        plain.load_state_dict(self.network.state_dict())
+        plain.pretrained_cfg = {**plain.pretrained_cfg, "mean": self.mean, "std": self.std, "num_classes": 0,
+                                "tag": "ssl_dist", "custom_load": False, "hf_hub_id": None, "url": ""}
+        save_for_hf(plain, str(folder), model_config={"num_classes": 0, "ssl_dist": about}, model_args=self.args or None,
+                    safe_serialization=True)
+
+
+def load(folder: Path) -> Encoder:
+    """An exported encoder, every weight accounted for."""
+    config = _config(folder)
+    encoder = build(folder)
+    try:
+        loaded = timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=0)
+        encoder.network.load_state_dict(loaded.state_dict())
+    except (RuntimeError, OSError) as error:
+        raise EncoderError(f"{folder} does not hold the weights of {config['architecture']} ({error}); export it again "
+                           "with: ssl-dist export RUN") from None
+    return encoder
+
+
+def build(folder: Path) -> Encoder:
+    """The architecture of an exported folder with fresh random weights: the baseline of an evaluation."""
+    config = _config(folder)
+    cfg = config.get("pretrained_cfg", {})
+    half = (0.5, 0.5, 0.5)
+    return Encoder(config["architecture"], config.get("model_args") or {}, cfg.get("mean", half), cfg.get("std", half))
+
+
+def digest(folder: Path) -> str:
+    """SHA-256 of the weights of an exported folder."""
+    with (folder / "model.safetensors").open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    missing = [name for name in ("config.json", "model.safetensors") if not (folder / name).is_file()]
+    if missing:
+        raise EncoderError(f"encoder={folder} has no {' and no '.join(missing)}: it is not an exported encoder; a run "
+                           "writes RUN/encoder when it ends, `ssl-dist export RUN` writes it from a checkpoint")
+    try:
+        return json.loads((folder / "config.json").read_text())
+    except ValueError as error:
+        raise EncoderError(f"{folder}/config.json is not readable ({error}); export it again") from None
+
+
+def _tuples(args: dict[str, Any]) -> dict[str, Any]:
+    """YAML knows lists; timm's networks expect tuples."""
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in args.items()}

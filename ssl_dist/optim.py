@@ -1,0 +1,58 @@
+"""Parameter groups and optimizers."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from ssl_dist.config import Optim
+
+
+def groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Matrices and kernels decay; biases and the scales of norms, which are vectors, do not."""
+    decayed = [parameter for parameter in module.parameters() if parameter.requires_grad and parameter.ndim > 1]
+    plain = [parameter for parameter in module.parameters() if parameter.requires_grad and parameter.ndim <= 1]
+    return [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+
+
+def build(module: nn.Module, config: Optim) -> torch.optim.Optimizer:
+    """The optimizer that `config` names, over the parameters that learn."""
+    parameters = groups(module, config.weight_decay)
+    if config.name == "adamw":
+        return torch.optim.AdamW(parameters, lr=config.lr)
+    if config.name == "sgd":
+        return torch.optim.SGD(parameters, lr=config.lr, momentum=config.momentum, nesterov=config.momentum > 0)
+    return Lars(parameters, lr=config.lr, momentum=config.momentum)
+
+
+class Lars(torch.optim.Optimizer):
+    """SGD whose step is scaled, layer by layer, to the size of the weights (You et al. 2017).
+
+    As in SimCLR and BYOL, weight decay joins the gradient before its norm is taken, and vectors (biases, norms) are
+    neither decayed nor scaled. It needs true layers, so it does not go with ZeRO's flattened partitions.
+    """
+
+    def __init__(self, params: Iterable[Any], lr: float, momentum: float = 0.9, weight_decay: float = 0.0,
+                 trust: float = 1e-3):
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "trust": trust})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:     # type: ignore[override]
+        """One update."""
+        loss = closure() if closure is not None else None
+        for group in self.param_groups:
+            for weight in group["params"]:
+                if weight.grad is None:
+                    continue
+                change = weight.grad
+                if weight.ndim > 1:
+                    change = change + group["weight_decay"] * weight
+                    size, slope = weight.norm(), change.norm()
+                    change = change * torch.where((size > 0) & (slope > 0), group["trust"] * size / slope, 1.0)
+                state = self.state[weight]
+                if "momentum_buffer" not in state:
+                    state["momentum_buffer"] = torch.zeros_like(weight)
+                state["momentum_buffer"].mul_(group["momentum"]).add_(change)
+                weight.add_(state["momentum_buffer"], alpha=-group["lr"])
+        return loss

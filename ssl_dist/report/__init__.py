@@ -1,0 +1,1 @@
+"""Run folders -> one HTML page; reads files only, and nothing else in the project knows it."""

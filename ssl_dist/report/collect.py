@@ -1,0 +1,431 @@
+"""Run folders -> plain data. Every file but run.json may be absent, torn or odd: what is missing becomes a note."""
+
+import json
+import math
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import yaml
+
+STALE_SECONDS = 600  # a heartbeat is written every few seconds; ten minutes without one is a dead process
+NOT_CURVES = {"step", "samples", "epoch", "time"}
+
+
+class PlainLoader(yaml.SafeLoader):
+    """YAML without aliases: a resolved config.yaml has none, and a dozen nested ones unfold to gigabytes."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("it has aliases (*name), which a resolved configuration has not")
+        return super().compose_node(parent, index)
+
+
+class ReportError(ValueError):
+    """What was asked for cannot be reported on; the command ends with exit code 3, data invalid."""
+
+    exit_code = 3
+
+
+@dataclass
+class Attempt:
+    """One life of the job, from its start to its end or its last heartbeat."""
+
+    started: datetime | None
+    ended: datetime | None
+    said_goodbye: bool
+    host: str
+    world: int | None
+    device: str
+    from_step: int | None
+    to_step: int | None
+    outcome: str
+
+    @property
+    def seconds(self) -> float | None:
+        if self.started is None or self.ended is None:
+            return None
+        return max(0.0, (self.ended - self.started).total_seconds())
+
+
+@dataclass
+class Evaluation:
+    """One eval/<name>.json: numbers in `metrics` and in every baseline, the rest as it was found."""
+
+    name: str
+    protocol: str
+    encoder: dict[str, Any]
+    metrics: dict[str, float]
+    baselines: dict[str, dict[str, float]]
+    counts: dict[str, Any]
+    classes: list[str]
+    confusion: list[list[float]]
+    pictures: list[Path]
+
+
+@dataclass
+class Shards:
+    """One shard folder: what is in it, what was left out and why."""
+
+    folder: Path
+    found: bool
+    datasets: list[dict[str, Any]] = field(default_factory=list)
+    settings: dict[str, Any] = field(default_factory=dict)
+    samples: dict[str, int] = field(default_factory=dict)  # by dataset
+    tars: int = 0
+    size: int = 0  # bytes
+    rejected: Counter[str] = field(default_factory=Counter)  # by reason
+    sheets: list[Path] = field(default_factory=list)
+    overlays: list[Path] = field(default_factory=list)
+
+
+@dataclass
+class Run:
+    """All that a run folder says about itself, and `notes` on what it does not."""
+
+    folder: Path
+    name: str
+    state: str
+    exit_code: int | None
+    error: str
+    step: int | None
+    steps: int | None
+    heartbeat: datetime | None
+    attempts: list[Attempt]
+    rows: list[dict[str, float]]  # one a step, in order of step; values may be infinite or NaN
+    quarantined: Counter[str]
+    evaluations: list[Evaluation]
+    pictures: list[Path]
+    config_text: str
+    config: dict[str, Any]
+    environment: dict[str, Any]
+    encoder: dict[str, Any]
+    encoder_readme: str
+    pretraining: dict[str, Any]
+    shards: list[Shards]
+    notes: list[str]
+
+    def curve(self, metric: str, axis: str = "step") -> list[tuple[float, float]]:
+        """(position, value) of every row that has both."""
+        return [(row[axis], row[metric]) for row in self.rows if metric in row and axis in row]
+
+    def curves(self) -> list[str]:
+        """The names of all curves, in the order in which they first appear."""
+        return list(dict.fromkeys(name for row in self.rows for name in row if name not in NOT_CURVES))
+
+    def last(self, metric: str) -> float | None:
+        """The value at the highest step that has one."""
+        return next((row[metric] for row in reversed(self.rows) if metric in row), None)
+
+    def typical(self, metric: str) -> float | None:
+        """The median over the logged steps of the last attempt: one slow step (a save, a warm-up) does not move it.
+
+        Of the last only: a run may go on with more or fewer ranks, and a median across both is the speed of neither.
+        """
+        begin = next((one.from_step for one in reversed(self.attempts) if one.from_step is not None), -1)
+        rows = [row for row in self.rows if row["step"] > begin] or self.rows
+        values = [row[metric] for row in rows if math.isfinite(row.get(metric, math.nan))]
+        return median(values) if values else None
+
+    @property
+    def architecture(self) -> str:
+        names = [self.encoder.get("architecture")] + [e.encoder.get("architecture") for e in self.evaluations]
+        return next((str(name) for name in names if name), "")
+
+    @property
+    def method(self) -> str:
+        method = self.config.get("method")
+        return text(method.get("name")) if isinstance(method, dict) else text(method)
+
+
+def run(folder: Path, now: datetime | None = None) -> Run:
+    """Read one run folder; `now` decides whether a run that calls itself running still breathes."""
+    folder = Path(folder)
+    if not (folder / "run.json").is_file():
+        there = "has no run.json" if folder.is_dir() else "does not exist"
+        raise ReportError(
+            f"{folder} is not a run folder: it {there}; give the folder that `ssl-dist train … run=FOLDER` wrote, "
+            "for example runs/first"
+        )
+    notes: list[str] = []
+    card = json_object(folder / "run.json", notes)
+    state = text(card.get("state")) or "unknown"
+    heartbeat = moment(card.get("heartbeat"))
+    config_text, config = configuration(folder / "config.yaml", notes)
+    rows = metric_rows(folder / "metrics.jsonl", notes)
+    if state == "running" and heartbeat is not None:
+        silence = ((now or datetime.now(timezone.utc)) - heartbeat).total_seconds()
+        if silence > STALE_SECONDS:
+            notes.append(
+                f"run.json says running, but its last heartbeat is {silence / 60:,.0f} minutes old: the process is "
+                "most likely gone; start the same command again to resume"
+            )
+    encoder = folder / "encoder"
+    evaluations = [evaluation(file, notes) for file in sorted((folder / "eval").glob("*.json"))]
+    pictures = sorted((folder / "pictures").glob("*.png"), key=lambda file: (file.name != "views.png", file.name))
+    quarantined = reasons(folder / "quarantine.jsonl", notes)
+    if quarantined:
+        notes.append(f"{quarantined.total():,} samples could not be read and were skipped: see quarantine.jsonl")
+    if not evaluations:
+        notes.append("no evaluation: run `ssl-dist eval configs/eval/knn.yaml encoder=" + str(folder / "encoder") + "`")
+    if not pictures:
+        notes.append("no pictures of the augmented views (pictures/*.png)")
+    if not encoder.is_dir():
+        notes.append("no exported encoder (encoder/)")
+    return Run(
+        folder=folder,
+        name=folder.resolve().name,
+        state=state,
+        exit_code=whole(card.get("exit_code")),
+        error=text(card.get("error")),
+        step=whole(card.get("step")),
+        steps=whole(card.get("steps")),
+        heartbeat=heartbeat,
+        attempts=[attempt(one, heartbeat) for one in objects(card.get("attempts"))],
+        rows=rows,
+        quarantined=quarantined,
+        evaluations=evaluations,
+        pictures=pictures,
+        config_text=config_text,
+        config=config,
+        environment=json_object(folder / "env.json", notes),
+        encoder=json_object(encoder / "config.json", notes) if encoder.is_dir() else {},
+        encoder_readme=plain_text(encoder / "README.md"),
+        pretraining=json_object(encoder / "pretraining.json", notes) if encoder.is_dir() else {},
+        shards=[shards(one, notes) for one in shard_folders(config)],
+        notes=notes,
+    )
+
+
+def runs(folders: list[Path], now: datetime | None = None) -> list[Run]:
+    """Read several run folders and give each a name that tells it from the others."""
+    if not folders:
+        raise ReportError("no run folder was given; name at least one, for example `ssl-dist report runs/first`")
+    distinct = list(dict.fromkeys(Path(folder).resolve() for folder in folders))
+    given = {Path(folder).resolve(): Path(folder) for folder in reversed(folders)}
+    found = [run(given[folder], now) for folder in distinct]
+    for one, folder in zip(found, distinct, strict=True):
+        for depth in range(1, len(folder.parts) + 1):
+            one.name = "/".join(folder.parts[-depth:])
+            if sum(other.parts[-depth:] == folder.parts[-depth:] for other in distinct) == 1:
+                break
+    return found
+
+
+def metric_rows(file: Path, notes: list[str]) -> list[dict[str, float]]:
+    """The numbers of metrics.jsonl by step. After a resume steps come twice: the last row of a step counts."""
+    by_step: dict[float, dict[str, float]] = {}
+    lines = repeated = 0
+    latest = -math.inf
+    for row in json_lines(file, notes, "no metrics yet (metrics.jsonl is missing)"):
+        numbers = {name: float(value) for name, value in row.items() if is_number(value)}
+        step = numbers.get("step", math.nan)
+        if not math.isfinite(step):
+            continue
+        lines += 1
+        repeated += step in by_step
+        by_step[step] = numbers
+        latest = step
+    if file.is_file() and not lines:
+        notes.append("no metrics yet (metrics.jsonl has no complete row)")
+    if repeated:
+        notes.append(f"{repeated:,} steps were done twice after a resume; the later row of each is shown")
+    if by_step and latest < max(by_step):
+        notes.append(
+            f"the newest row is of step {latest:,.0f}; later steps are from an earlier attempt and not yet redone"
+        )
+    rows = [by_step[step] for step in sorted(by_step)]
+    broken = [row["step"] for row in rows if not math.isfinite(row.get("loss", 0.0))]
+    if broken:
+        notes.append(f"the loss was not finite at {len(broken):,} logged steps, first at step {broken[0]:,.0f}")
+    return rows
+
+
+def evaluation(file: Path, notes: list[str]) -> Evaluation:
+    found = json_object(file, notes)
+    counts = found.get("counts") if isinstance(found.get("counts"), dict) else {}
+    shared = whole((counts or {}).get("shared_patients"))
+    if shared:
+        notes.append(
+            f"eval/{file.name}: {shared:,} patients are on both sides of the split; its numbers are too good to be true"
+        )
+    confusion = square(found.get("confusion"))
+    if found.get("confusion") and not confusion:
+        notes.append(f"eval/{file.name}: the confusion matrix is not a square of counts and is left out")
+    names = found.get("classes")
+    classes = [text(name) for name in names] if isinstance(names, list) else []
+    if confusion and len(classes) != len(confusion):
+        classes = [str(index) for index in range(len(confusion))]
+    pictures = []
+    for name in found.get("pictures") if isinstance(found.get("pictures"), list) else []:
+        picture = file.parent / Path(text(name)).name  # the last part only: a name from disk must not leave eval/
+        if picture.is_file():
+            pictures.append(picture)
+        else:
+            notes.append(f"eval/{file.name} names a picture that is not there: {picture.name}")
+    baselines = found.get("baselines")
+    return Evaluation(
+        name=file.stem,
+        protocol=text(found.get("protocol")) or file.stem,
+        encoder=found["encoder"] if isinstance(found.get("encoder"), dict) else {},
+        metrics=numbers_of(found.get("metrics")),
+        baselines={text(n): numbers_of(v) for n, v in baselines.items()} if isinstance(baselines, dict) else {},
+        counts=counts or {},
+        classes=classes,
+        confusion=confusion,
+        pictures=pictures,
+    )
+
+
+def square(value: Any) -> list[list[float]]:
+    """The matrix if it is a square of counts, else nothing."""
+    rows = value if isinstance(value, list) else []
+    if not all(isinstance(row, list) and len(row) == len(rows) for row in rows):
+        return []
+    fine = all(is_number(cell) and math.isfinite(cell) and cell >= 0 for row in rows for cell in row)
+    return rows if fine else []
+
+
+def attempt(card: dict[str, Any], heartbeat: datetime | None) -> Attempt:
+    started, ended = moment(card.get("started")), moment(card.get("ended"))
+    alive_until = heartbeat if started and heartbeat and heartbeat >= started else None
+    return Attempt(
+        started=started,
+        ended=ended or alive_until,
+        said_goodbye=ended is not None,
+        host=text(card.get("host")),
+        world=whole(card.get("world")),
+        device=text(card.get("device")),
+        from_step=whole(card.get("from_step")),
+        to_step=whole(card.get("to_step")),
+        outcome=text(card.get("outcome")),
+    )
+
+
+def shards(folder: Path, notes: list[str]) -> Shards:
+    if not (folder / "index.json").is_file():
+        notes.append(f"the shard folder {folder} is not to be seen from here: no tiles, no licences of it")
+        return Shards(folder=folder, found=False)
+    index = json_object(folder / "index.json", notes)
+    tars = objects(index.get("tars"))
+    datasets = objects(index.get("datasets"))
+    samples: Counter[str] = Counter()
+    for tar in tars:  # <dataset>-000000.tar, as the format has it
+        samples[text(tar.get("name")).rpartition("-")[0]] += whole(tar.get("samples")) or 0
+    return Shards(
+        folder=folder,
+        found=True,
+        datasets=datasets,
+        settings=index["settings"] if isinstance(index.get("settings"), dict) else {},
+        samples=dict(samples),
+        tars=len(tars),
+        size=sum(whole(tar.get("bytes")) or 0 for tar in tars),
+        rejected=reasons(folder / "rejected.jsonl", notes),
+        sheets=sorted((folder / "sheets").glob("*.png")),
+        overlays=sorted((folder / "overlays").glob("*.png")),
+    )
+
+
+def shard_folders(config: dict[str, Any]) -> list[Path]:
+    data = config.get("data")
+    listed = data.get("shards") if isinstance(data, dict) else None
+    listed = [listed] if isinstance(listed, str) else listed
+    return [Path(one) for one in listed if isinstance(one, str)] if isinstance(listed, list) else []
+
+
+def configuration(file: Path, notes: list[str]) -> tuple[str, dict[str, Any]]:
+    written = plain_text(file)
+    if not written:
+        notes.append("no config.yaml: what this run was asked to do is not known")
+        return "", {}
+    try:
+        parsed = yaml.load(written, Loader=PlainLoader)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        notes.append(f"config.yaml is not YAML ({' '.join(str(error).split())[:160]})")
+        return written, {}
+    return written, parsed if isinstance(parsed, dict) else {}
+
+
+def reasons(file: Path, notes: list[str]) -> Counter[str]:
+    """How many rows of a list of rejects name each reason."""
+    return Counter(text(row.get("reason")) or "no reason given" for row in json_lines(file, notes))
+
+
+def json_lines(file: Path, notes: list[str], missing: str = "") -> Iterator[dict[str, Any]]:
+    """The objects of a file with one a line. A last line without its end is a write cut short, others are damage."""
+    if not file.is_file():
+        if missing:
+            notes.append(missing)
+        return
+    bad, torn = 0, False
+    with file.open("rb") as lines:
+        for line in lines:
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError):
+                torn = not line.endswith(b"\n")
+                bad += not torn
+                continue
+            if isinstance(row, dict):
+                yield row
+            else:
+                bad += 1
+    if torn:
+        notes.append(f"the last line of {file.name} is torn (a write was cut short) and is left out")
+    if bad:
+        notes.append(f"{bad:,} lines of {file.name} are not JSON objects and are left out")
+
+
+def json_object(file: Path, notes: list[str]) -> dict[str, Any]:
+    if not file.is_file():
+        notes.append(f"no {file.parent.name}/{file.name}")
+        return {}
+    try:
+        found = json.loads(file.read_bytes())
+    except (ValueError, OSError, RecursionError) as error:
+        notes.append(f"{file.parent.name}/{file.name} cannot be read ({type(error).__name__}: {error})")
+        return {}
+    if not isinstance(found, dict):
+        notes.append(f"{file.parent.name}/{file.name} is not a JSON object")
+        return {}
+    return found
+
+
+def plain_text(file: Path) -> str:
+    return file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
+
+
+def objects(value: Any) -> list[dict[str, Any]]:
+    return [one for one in value if isinstance(one, dict)] if isinstance(value, list) else []
+
+
+def numbers_of(value: Any) -> dict[str, float]:
+    return {text(k): float(v) for k, v in value.items() if is_number(v)} if isinstance(value, dict) else {}
+
+
+def is_number(value: Any) -> bool:
+    """Whether JSON meant a number; an integer too long for a float is not one we can draw."""
+    return isinstance(value, float) or (type(value) is int and abs(value) < 10**300)
+
+
+def whole(value: Any) -> int | None:
+    return int(value) if is_number(value) and math.isfinite(value) else None
+
+
+def text(value: Any) -> str:
+    return "" if value is None else str(value)
+
+
+def moment(value: Any) -> datetime | None:
+    """An ISO time, taken as UTC where it names no zone."""
+    try:
+        found = datetime.fromisoformat(text(value))
+    except ValueError:
+        return None
+    return found if found.tzinfo else found.replace(tzinfo=timezone.utc)
