@@ -1,7 +1,7 @@
-"""Slides painted by a stain model, for the demo, tests and benchmarks: the arrangement tells the tissue, not the colour.
+"""Slides painted by a stain model, for the demo, tests and benchmarks: arrangement tells the tissue, colour does not.
 
 The tissue is two fields of concentration, haematoxylin h and eosin e; light passes by Beer and Lambert:
-RGB = white * exp(-(h*H + e*E)). Shapes are (rows, columns); positions are x, y; `um` is pixels per micrometre.
+RGB = white * exp(-(h*H + e*E)). Shapes are (rows, columns), positions x, y in pixels, sizes in tissues micrometres.
 """
 
 import csv
@@ -9,34 +9,36 @@ import io
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import tifffile
 from PIL import Image, ImageFilter
 
 Array = np.ndarray
-Shape = tuple[int, int]
+Progress = Callable[[int, int], None]  # (done, total)
 
 CLASSES: tuple[str, ...] = ("tumour", "lymphoid", "stroma", "gland", "fat", "necrosis")
 
 LEVEL = 0.01  # optical density (natural logarithm) of one grey level of a concentration field, so 255 is 2.55
 COARSE = 8.0  # micrometres per cell of the map of regions: the size of a nucleus, finer than any hand annotates
 QUALITY = 87  # of the JPEG tiles; Aperio scanners write 70 to 91
-SMALLEST = 256  # pixels: less than one tile of the TIFF is no slide
-PIECE = 512  # tiles cut from one canvas of 1024 squared: its area 4.5 times over at 96 px
+SMALLEST = 256, 128.0  # pixels, micrometres: one tile of the TIFF, a few dozen nuclei
+PIECE = 1024  # tiles cut from one canvas of 1024 squared: its area nine times over at 96 px
 
 
-# ------------------------------------------------------------------------------------------- stains and scanners
+# --- stains and scanners
 
 
 @dataclass(frozen=True)
 class Stain:
-    """The two stain vectors (rows H, E; optical density per unit of concentration), the white of the glass, the blur."""
+    """Two stain vectors (rows H, E; optical density per concentration), the white of the glass, the optics' blur."""
 
     scanner: str
     vectors: Array  # (2, 3)
@@ -44,13 +46,13 @@ class Stain:
     blur: float  # sigma, micrometres
 
 
-# Unit vectors around those of Macenko 2009, H (.56 .72 .41) E (.22 .80 .56), and Ruifrok & Johnston 2001,
-# H (.65 .70 .29) E (.07 .99 .11): laboratories differ about as much as the two papers do.
+# Vectors around those of Ruifrok & Johnston 2001, H (.65 .70 .29) E (.07 .99 .11), and Macenko 2009,
+# H (.56 .72 .41) E (.22 .80 .56): scanners and laboratories differ about as much as the two papers do.
 SCANNERS: tuple[Stain, ...] = (
     Stain("aspen", np.array([(0.64, 0.70, 0.30), (0.15, 0.85, 0.42)]), np.array([247, 246, 247]), 0.25),
-    Stain("birch", np.array([(0.70, 0.62, 0.22), (0.09, 0.92, 0.28)]) * 1.2, np.array([250, 246, 240]), 0.40),
-    Stain("cedar", np.array([(0.54, 0.78, 0.34), (0.22, 0.76, 0.56)]) * 0.8, np.array([239, 243, 249]), 0.30),
-    Stain("dogwood", np.array([(0.62, 0.74, 0.27), (0.13, 0.86, 0.50)]) * [[0.8], [1.25]], np.array([251, 250, 251]), 0.5),
+    Stain("birch", np.array([(0.80, 0.78, 0.29), (0.11, 1.10, 0.34)]), np.array([250, 246, 240]), 0.40),
+    Stain("cedar", np.array([(0.43, 0.62, 0.27), (0.18, 0.61, 0.45)]), np.array([239, 243, 249]), 0.30),
+    Stain("dogwood", np.array([(0.50, 0.59, 0.22), (0.16, 1.07, 0.62)]), np.array([251, 250, 251]), 0.50),
 )
 
 
@@ -71,10 +73,10 @@ def stain_of(seed: int, patient: int, slide: int) -> Stain:
     vectors, white = scanner.vectors, scanner.white
     for rng, far in ((_rng(seed, patient, 0, 0), 1.0), (_rng(seed, patient, slide + 1, 0), 0.33)):
         vectors = vectors + far * rng.normal(0, 0.04, (2, 3))
-        # the dye bath: one factor for both, one for each. Pale to dark is about 1 to 2.5 over a cohort
+        # the dye bath: one factor for both, one for each. With the scanners, palest to darkest is 1 to 2.5
         vectors = vectors * np.exp(far * (rng.normal(0, 0.18) + rng.normal(0, 0.18, (2, 1))))
         white = white + far * rng.normal(0, 2, 3)
-    return Stain(scanner.scanner, vectors.clip(0.02, None), white.clip(225, 255), scanner.blur)
+    return replace(scanner, vectors=vectors.clip(0.02, None), white=white.clip(225, 255))
 
 
 def _table(stain: Stain) -> Array:
@@ -85,99 +87,33 @@ def _table(stain: Stain) -> Array:
     return rgba.reshape(-1, 4).view(np.uint32).ravel()
 
 
-def _develop(h: Array, e: Array, table: Array) -> Array:
-    """Concentrations (rows, columns, uint8) -> RGB (rows, columns, 3), a strip at a time so that memory stays flat."""
-    pixels = np.empty((*h.shape, 3), np.uint8)
-    for top in range(0, len(h), 256):
-        rows = slice(top, top + 256)
-        words = table[h[rows].astype(np.uint16) << 8 | e[rows]]
-        pixels[rows] = words.view(np.uint8).reshape(*words.shape, 4)[..., :3]
+def _develop(both: Array, table: Array) -> Array:
+    """Pairs of concentrations 256 h + e (rows, columns) -> RGB (rows, columns, 3), by strips: memory stays flat."""
+    pixels = np.empty((*both.shape, 3), np.uint8)
+    for top in range(0, len(both), 256):
+        words = table[both[top : top + 256]]
+        pixels[top : top + 256] = words.view(np.uint8).reshape(*words.shape, 4)[..., :3]
     return pixels
 
 
-# ------------------------------------------------------------------------------------------- noise, mosaics, nuclei
+def _expose(rng: np.random.Generator, h: Array, e: Array, blur: float) -> Array:
+    """The optics' blur (pixels) and the sensor's grain, on concentrations so that Beer-Lambert holds: 256 h + e."""
+    h, e = (np.asarray(Image.fromarray(field).filter(ImageFilter.GaussianBlur(blur))).clip(0, 250)
+            + rng.integers(0, 5, field.shape, np.uint8) for field in (h, e))
+    return h.astype(np.uint16) << 8 | e
 
 
-def _stretch(field: Array, shape: Shape, box: tuple[float, float, float, float] | None = None) -> Array:
-    """A small field drawn large; box (left, top, right, bottom, in its own cells) is the part to draw."""
-    image = Image.fromarray(field).resize(shape[::-1], Image.Resampling.BILINEAR, box=box)
-    return np.asarray(image)
+# --- the brush: noise, mosaics, nuclei
 
 
-def _noise(rng: np.random.Generator, shape: Shape, grain: float, wide: float | None = None) -> Array:
-    """Smooth noise of about unit deviation whose lumps are `grain` pixels tall and `wide` (if not given, grain) wide."""
-    if grain < 6 and wide is None:  # interpolation would show its lattice: blurred white noise instead
-        sigma = max(0.5, grain / 2.4)
-        white = Image.fromarray(rng.integers(0, 256, shape, np.uint8)).filter(ImageFilter.GaussianBlur(sigma))
-        # a byte deviates by 74, and a Gaussian leaves 1 / (2 sqrt(pi) sigma) of it
-        return (np.asarray(white, np.float32) - 127.5) * (2 * math.sqrt(math.pi) * sigma / 74)
-    wide = wide or grain
-    rows, columns = math.ceil(shape[0] / grain) + 4, math.ceil(shape[1] / wide) + 4
-    small = Image.fromarray((128 + 48 * rng.standard_normal((rows, columns))).clip(0, 255).astype(np.uint8))
-    box = (1.5, 1.5, 1.5 + shape[1] / wide, 1.5 + shape[0] / grain)
-    large = np.asarray(small.resize(shape[::-1], Image.Resampling.BICUBIC, box=box))
-    return (large.astype(np.float32) - 128) * (1 / 32)  # /32, not /48: interpolation takes a third of the deviation
+class Stamps(NamedTuple):
+    """Prerendered nuclei (count, side, side) in grey levels: haematoxylin is raised to `h`, eosin lowered to `e`."""
 
-
-def _at(field: Array, x: Array, y: Array) -> Array:
-    return field[y.astype(int).clip(0, field.shape[0] - 1), x.astype(int).clip(0, field.shape[1] - 1)]
-
-
-@dataclass
-class Mosaic:
-    """Jittered Voronoi cells at every `step` pixels: distances (pixels) to the first and second centre, and whose."""
-
-    first: Array
-    second: Array
-    owner: Array
-    x: Array  # where the centres lie, pixels
-    y: Array
-
-
-def _mosaic(rng: np.random.Generator, shape: Shape, pitch: float, step: float, jitter: float, warp: float) -> Mosaic:
-    """One centre in each brick of a wall: the nearest of a point lies in its own course or the one above or below."""
-    course = 0.866 * pitch  # six neighbours at equal distances
-    rows, columns = math.ceil(shape[0] / course) + 4, math.ceil(shape[1] / pitch) + 5
-    row, column = np.mgrid[:rows, :columns].astype(np.float32)
-    centre_x = (column - 1.5 + 0.5 * (row % 2) + rng.uniform(-jitter, jitter, row.shape).astype(np.float32)) * pitch
-    centre_y = (row - 1.5 + rng.uniform(-jitter, jitter, row.shape).astype(np.float32)) * course
-    centre_x, centre_y = centre_x.ravel(), centre_y.ravel()
-    low = (math.ceil(shape[0] / step), math.ceil(shape[1] / step))
-    y, x = ((np.arange(side, dtype=np.float32) + 0.5) * step for side in low)
-    bend_x, bend_y = (warp * pitch * _noise(rng, low, 0.8 * pitch / step) for _ in range(2))
-    x, y = x + bend_x, y[:, None] + bend_y
-    first = np.full(low, np.inf, np.float32)
-    second, owner = first.copy(), np.zeros(low, np.int32)
-    own = (y / course + 2).astype(np.int32).clip(1, rows - 2)
-    for near in (own - 1, own, own + 1):
-        brick = (x / pitch + 2 - 0.5 * (near % 2)).astype(np.int32).clip(1, columns - 2) + near * columns
-        for index in (brick - 1, brick, brick + 1):
-            distance = np.hypot(x - centre_x[index], y - centre_y[index])
-            owner = np.where(distance < first, index, owner)
-            second = np.minimum(second, np.maximum(first, distance))
-            first = np.minimum(first, distance)
-    # a centre is drawn where the bent coordinates equal it; the bend is smooth, so one step back is close enough
-    where = centre_x / step, centre_y / step
-    return Mosaic(first, second, owner, centre_x - _at(bend_x, *where), centre_y - _at(bend_y, *where))
-
-
-def _swell(rng: np.random.Generator, shape: Shape, grain: float) -> Array:
-    """Noise as smooth as float32: what bends coordinates must not have the 256 steps of `_noise`."""
-    small = rng.standard_normal([math.ceil(side / grain) + 4 for side in shape], dtype=np.float32)
-    box = (1.5, 1.5, 1.5 + shape[1] / grain, 1.5 + shape[0] / grain)
-    return np.asarray(Image.fromarray(small).resize(shape[::-1], Image.Resampling.BICUBIC, box=box))
-
-
-@dataclass
-class Stamps:
-    """Prerendered nuclei in grey levels: haematoxylin is raised to `h`, eosin lowered to `e`."""
-
-    h: Array  # (count, side, side) uint8
+    h: Array
     e: Array
 
 
-@dataclass
-class Scatter:
+class Nuclei(NamedTuple):
     """Which stamp goes where (pixels, of its centre)."""
 
     stamps: Stamps
@@ -186,82 +122,149 @@ class Scatter:
     which: Array
 
 
-@dataclass
-class Patch:
+class Patch(NamedTuple):
     """A piece of one tissue: the ground (float32 concentrations) and the nuclei on it."""
 
     h: Array
     e: Array
-    nuclei: list[Scatter]
+    nuclei: list[Nuclei]
 
 
-def _stamps(
-    rng: np.random.Generator,
-    um: float,
-    *,
-    long: float,
-    wide: float,
-    dark: float,
-    spread: float = 0.1,
-    bumps: float = 0.04,
-    rim: float = 0.3,
-    clumps: float = 0.2,
-    nucleoli: int = 0,
-    clear: float = 0.35,
-    angles: Array | None = None,
-    count: int = 64,
-) -> Stamps:
-    """Nuclei `long` x `wide` micrometres: an ellipse with harmonics for an outline, a rim, clumped chromatin, nucleoli."""
-    angles = rng.uniform(0, np.pi, count) if angles is None else angles
-    count = len(angles)
-    scale = np.exp(rng.normal(0, spread, (2, count)))
-    a, b = long / 2 * um * scale[0], wide / 2 * um * scale[0] * np.exp(0.5 * np.log(scale[1]))
-    half = math.ceil(1.25 * float(max(a.max(), b.max()))) + 2
-    y, x = np.mgrid[-half : half + 1, -half : half + 1].astype(np.float32)
-    a, b, turn = (v.astype(np.float32)[:, None, None] for v in (a, b, angles))
-    along, across = x * np.cos(turn) + y * np.sin(turn), y * np.cos(turn) - x * np.sin(turn)
-    phi, edge = np.arctan2(across, along), np.hypot(along / a, across / b)
-    outline = np.ones_like(edge)
-    for k in (2, 3, 4, 5):
-        size, phase = rng.normal(0, bumps * 1.5 / k, count), rng.uniform(0, 2 * np.pi, count)
-        outline += size[:, None, None] * np.cos(k * phi + phase[:, None, None])
-    depth = (1 - edge / outline) * np.sqrt(a * b)  # pixels beneath the nuclear membrane
-    inside = (depth / 1.2 + 0.5).clip(0, 1)
-    grain = rng.standard_normal(edge.shape, dtype=np.float32)
-    for axis in (1, 2):  # chromatin clumps are about a micrometre
-        for reach in range(1, 1 + max(1, round(0.4 * um))):
-            grain = grain + np.roll(grain, reach, axis)
-    chromatin = 1 + clumps * grain / grain.std() + rim * np.exp(-((depth / (0.7 * um)) ** 2)) - 0.5 * rim
-    for _ in range(nucleoli):
-        where = rng.uniform(-0.45, 0.45, (2, count, 1, 1)) * np.stack([a, b])
-        radius = rng.uniform(0.6, 1.2, (count, 1, 1)) * um
-        chromatin += 1.1 * np.exp(-((along - where[0]) ** 2 + (across - where[1]) ** 2) / radius**2)
-    strength = dark * np.exp(rng.normal(0, 0.12, (count, 1, 1)))
-    h = (strength * chromatin.clip(0.6, None) * inside / LEVEL).clip(0, 250)
-    e = 255 - (255 - clear / LEVEL) * inside
-    return Stamps(h.astype(np.uint8), e.astype(np.uint8))
+class Mosaic(NamedTuple):
+    """Voronoi cells at every `step` pixels: distances (pixels) to first and second centre, whose, and the centres."""
+
+    first: Array
+    second: Array
+    owner: Array
+    x: Array
+    y: Array
 
 
-def _places(rng: np.random.Generator, shape: Shape, pitch: float, jitter: float = 0.36) -> tuple[Array, Array]:
-    """Positions one `pitch` apart on a jittered hexagonal grid: crowded without lying on each other, as cells do."""
-    rows, columns = math.ceil(shape[0] / (0.866 * pitch)) + 2, math.ceil(shape[1] / pitch) + 2
-    row, column = np.mgrid[:rows, :columns].astype(np.float32)
-    x = (column + 0.5 * (row % 2) - 0.5 + rng.uniform(-jitter, jitter, row.shape)) * pitch
-    y = (row - 0.5 + rng.uniform(-jitter, jitter, row.shape)) * pitch * 0.866
-    inside = (x >= 0) & (x < shape[1]) & (y >= 0) & (y < shape[0])
-    return x[inside], y[inside]
+def _stretch(field: Array, shape: tuple[int, int], box: tuple[float, float, float, float] | None = None) -> Array:
+    """A small field drawn large; box (left, top, right, bottom, in its own cells) is the part to draw."""
+    return np.asarray(Image.fromarray(field).resize(shape[::-1], Image.Resampling.BILINEAR, box=box))
 
 
-def _strew(rng: np.random.Generator, stamps: Stamps, x: Array, y: Array, which: Array | None = None) -> Scatter:
-    return Scatter(stamps, x, y, rng.integers(0, len(stamps.h), len(x)) if which is None else which)
+def _at(field: Array, x: Array, y: Array) -> Array:
+    return field[y.astype(int).clip(0, field.shape[0] - 1), x.astype(int).clip(0, field.shape[1] - 1)]
 
 
-def _stick(h: Array, e: Array, scatter: Scatter) -> None:
-    """Press the stamps onto the canvases: the one loop over nuclei, four microseconds each."""
-    stamps_h, stamps_e = scatter.stamps.h, scatter.stamps.e
-    side, (rows, columns) = stamps_h.shape[1], h.shape
-    left, top = (np.rint(v).astype(int) - side // 2 for v in (scatter.x, scatter.y))
-    for x, y, k in zip(left.tolist(), top.tolist(), scatter.which.tolist(), strict=True):
+@dataclass(frozen=True)
+class Brush:
+    """What a tissue is painted with: a random stream, the shape of the piece, and `um`, pixels per micrometre."""
+
+    rng: np.random.Generator
+    shape: tuple[int, int]
+    um: float
+
+    def noise(self, grain: float, wide: float | None = None) -> Array:
+        """Noise of about unit deviation, its lumps `grain` micrometres tall and `wide` (as tall, if not given)."""
+        grain, wide = grain * self.um, (wide or grain) * self.um
+        if max(grain, wide) < 6:  # interpolation would show its lattice: blurred white noise instead
+            sigma = max(0.5, grain / 2.4)
+            white = Image.fromarray(self.rng.integers(0, 256, self.shape, np.uint8))
+            # a byte deviates by 74, and a Gaussian leaves 1 / (2 sqrt(pi) sigma) of it
+            gain = 2 * math.sqrt(math.pi) * sigma / 74
+            return (np.asarray(white.filter(ImageFilter.GaussianBlur(sigma)), np.float32) - 127.5) * gain
+        small = (128 + 48 * self._lattice(grain, wide)).clip(0, 255).astype(np.uint8)
+        return (self._drawn(small, grain, wide).astype(np.float32) - 128) / 32  # a third is lost between the knots
+
+    def swell(self, grain: float) -> Array:
+        """Noise as smooth as float32: what bends coordinates must not have the 256 steps of `noise`."""
+        grain *= self.um
+        return self._drawn(self._lattice(grain, grain).astype(np.float32), grain, grain)
+
+    def _lattice(self, grain: float, wide: float) -> Array:
+        return self.rng.standard_normal((math.ceil(self.shape[0] / grain) + 4, math.ceil(self.shape[1] / wide) + 4))
+
+    def _drawn(self, small: Array, grain: float, wide: float) -> Array:
+        rows, columns = self.shape
+        box = (1.5, 1.5, 1.5 + columns / wide, 1.5 + rows / grain)
+        return np.asarray(Image.fromarray(small).resize((columns, rows), Image.Resampling.BICUBIC, box=box))
+
+    def mosaic(self, pitch: float, step: int, jitter: float, warp: float) -> Mosaic:
+        """One centre to each brick of a wall: a point's nearest is in its own course, the one above or one below."""
+        low = Brush(self.rng, (math.ceil(self.shape[0] / step), math.ceil(self.shape[1] / step)), self.um / step)
+        bend_x, bend_y = (warp * pitch * self.um * low.noise(0.8 * pitch) for _ in range(2))
+        pitch *= self.um
+        course = 0.866 * pitch  # six neighbours at equal distances
+        rows, columns = math.ceil(self.shape[0] / course) + 4, math.ceil(self.shape[1] / pitch) + 5
+        row, column = np.mgrid[:rows, :columns].astype(np.float32)
+        shake = self.rng.uniform(-jitter, jitter, (2, rows, columns)).astype(np.float32)
+        centre_x = ((column - 1.5 + 0.5 * (row % 2) + shake[0]) * pitch).ravel()
+        centre_y = ((row - 1.5 + shake[1]) * course).ravel()
+        y, x = ((np.arange(side, dtype=np.float32) + 0.5) * step for side in low.shape)
+        x, y = x + bend_x, y[:, None] + bend_y
+        first = np.full(low.shape, np.inf, np.float32)
+        second, owner = first, np.zeros(low.shape, np.int32)
+        own = (y / course + 2).astype(np.int32).clip(1, rows - 2)
+        for near in (own - 1, own, own + 1):
+            brick = (x / pitch + 2 - 0.5 * (near % 2)).astype(np.int32).clip(1, columns - 2) + near * columns
+            for index in (brick - 1, brick, brick + 1):
+                distance = np.hypot(x - centre_x[index], y - centre_y[index])
+                owner = np.where(distance < first, index, owner)
+                second = np.minimum(second, np.maximum(first, distance))
+                first = np.minimum(first, distance)
+        # a centre is drawn where the bent coordinates equal it; the bend is smooth, so one step back is close enough
+        where = centre_x / step, centre_y / step
+        return Mosaic(first, second, owner, centre_x - _at(bend_x, *where), centre_y - _at(bend_y, *where))
+
+    def places(self, pitch: float, jitter: float = 0.36) -> tuple[Array, Array]:
+        """Positions one `pitch` apart on a shaken hexagonal grid: crowded without lying on each other, as cells do."""
+        pitch *= self.um
+        rows, columns = math.ceil(self.shape[0] / (0.866 * pitch)) + 2, math.ceil(self.shape[1] / pitch) + 2
+        row, column = np.mgrid[:rows, :columns]
+        x = (column + 0.5 * (row % 2) - 0.5 + self.rng.uniform(-jitter, jitter, row.shape)) * pitch
+        y = (row - 0.5 + self.rng.uniform(-jitter, jitter, row.shape)) * pitch * 0.866
+        inside = (x >= 0) & (x < self.shape[1]) & (y >= 0) & (y < self.shape[0])
+        return x[inside], y[inside]
+
+    def stamps(self, long: float, wide: float, dark: float, *, spread: float = 0.1, bumps: float = 0.04,
+               rim: float = 0.3, clumps: float = 0.2, nucleoli: int = 0, clear: float = 0.35) -> Stamps:
+        """64 nuclei: ellipses with harmonics for an outline, a rim, clumped chromatin, nucleoli.
+
+        They come four by four at sixteen orientations: stamps 4k to 4k+3 lie k*pi/16 from the x axis.
+        """
+        rng, um, count = self.rng, self.um, 64
+        turn = np.repeat(np.arange(16, dtype=np.float32) * (np.pi / 16), 4)[:, None, None]
+        scale = np.exp(rng.normal(0, spread, (2, count, 1, 1))).astype(np.float32)
+        a, b = long / 2 * um * scale[0], wide / 2 * um * scale[0] * np.sqrt(scale[1])
+        half = math.ceil(1.25 * max(a.max(), b.max())) + 2
+        y, x = np.mgrid[-half : half + 1, -half : half + 1].astype(np.float32)
+        along, across = x * np.cos(turn) + y * np.sin(turn), y * np.cos(turn) - x * np.sin(turn)
+        phi, edge = np.arctan2(across, along), np.hypot(along / a, across / b)
+        outline = np.ones_like(edge)
+        for k in (2, 3, 4, 5):
+            size, phase = rng.normal(0, bumps * 1.5 / k, (count, 1, 1)), rng.uniform(0, 2 * np.pi, (count, 1, 1))
+            outline += size * np.cos(k * phi + phase)
+        depth = (1 - edge / outline) * np.sqrt(a * b)  # pixels beneath the nuclear membrane
+        inside = (depth / 1.2 + 0.5).clip(0, 1)
+        grain = rng.standard_normal(edge.shape, dtype=np.float32)
+        for reach in range(1, 1 + max(1, round(0.4 * um))):  # clumps of chromatin are about a micrometre
+            grain = grain + np.roll(grain, reach, 1)
+            grain = grain + np.roll(grain, reach, 2)
+        chromatin = 1 + clumps * grain / grain.std() + rim * (np.exp(-((depth / (0.7 * um)) ** 2)) - 0.5)
+        for _ in range(nucleoli):
+            u, v = rng.uniform(-0.45, 0.45, (2, count, 1, 1)) * np.stack([a, b])
+            radius = rng.uniform(0.6, 1.2, (count, 1, 1)) * um
+            chromatin += 1.1 * np.exp(-((along - u) ** 2 + (across - v) ** 2) / radius**2)
+        strength = dark * np.exp(rng.normal(0, 0.12, (count, 1, 1)))
+        h = (strength * chromatin.clip(0.6, None) * inside / LEVEL).clip(0, 250)
+        return Stamps(h.astype(np.uint8), (255 - (255 - clear / LEVEL) * inside).astype(np.uint8))
+
+    def strew(self, stamps: Stamps, x: Array, y: Array, angle: Array | None = None) -> Nuclei:
+        """Stamps for these places (pixels), lying along `angle` (radians from the x axis) or anyhow."""
+        if angle is None:
+            return Nuclei(stamps, x, y, self.rng.integers(0, 64, len(x)))
+        return Nuclei(stamps, x, y, np.rint(angle * 16 / np.pi).astype(int) % 16 * 4 + self.rng.integers(0, 4, len(x)))
+
+
+def _stick(h: Array, e: Array, nuclei: Nuclei) -> None:
+    """Press stamps onto the canvases: the one loop over nuclei, four microseconds each."""
+    (stamps_h, stamps_e), (rows, columns) = nuclei.stamps, h.shape
+    side = stamps_h.shape[1]
+    left, top = (np.rint(centre).astype(int) - side // 2 for centre in (nuclei.x, nuclei.y))
+    for x, y, k in zip(left.tolist(), top.tolist(), nuclei.which.tolist(), strict=True):
         if x < 0 or y < 0 or x + side > columns or y + side > rows:
             continue  # a nucleus cut by the border of the picture is left out
         part_h, part_e = h[y : y + side, x : x + side], e[y : y + side, x : x + side]
@@ -269,11 +272,10 @@ def _stick(h: Array, e: Array, scatter: Scatter) -> None:
         np.minimum(part_e, stamps_e[k], out=part_e)
 
 
-# ------------------------------------------------------------------------------------------- one function per tissue
+# --- one function per tissue
 
 
-@dataclass(frozen=True)
-class Traits:
+class Traits(NamedTuple):
     """How one patient's tissue of one class differs from the textbook: factors around 1."""
 
     size: float
@@ -283,291 +285,226 @@ class Traits:
     pink: float
 
 
-def _traits(seed: int, patient: int, name: str) -> Traits:
-    factors = np.exp(_rng(seed, patient, 0, 1 + CLASSES.index(name)).normal(0, [0.08, 0.08, 0.15, 0.2, 0.2]))
-    return Traits(*factors.tolist())
-
-
-def _tumour(rng: np.random.Generator, shape: Shape, um: float, t: Traits) -> Patch:
+def _tumour(b: Brush, t: Traits) -> Patch:
     """Crowded, large, pleomorphic nuclei with nucleoli and some mitoses, in nests parted by thin septa."""
-    pitch = 12.5 * t.pitch * t.size * um
-    cells = _mosaic(rng, shape, pitch, 2, jitter=0.33, warp=0.1)
-    wall = np.exp(-((_stretch(cells.second - cells.first, shape) / (1.6 * um)) ** 2))
-    septum = (1.3 - np.abs(_noise(rng, shape, 90 * um)) * 9).clip(0, 1)
-    fine = _noise(rng, shape, 1.5 * um)
-    e = 0.36 + 0.07 * _noise(rng, shape, 14 * um) + 0.05 * fine + 0.13 * wall
-    e += septum * (0.18 + 0.1 * fine)
-    h = (0.26 + 0.06 * _noise(rng, shape, 10 * um)) * (1 - 0.8 * septum)
-    keep = _at(septum, cells.x, cells.y) < 0.3
-    x, y = cells.x[keep], cells.y[keep]
-    nuclei = _stamps(rng, um, long=11 * t.size, wide=8.5 * t.size, dark=1.2 * t.dark, spread=0.17, bumps=0.1,
-                     rim=0.55, clumps=0.22, nucleoli=2)
-    mitoses = _stamps(rng, um, long=10, wide=3.5, dark=2.1, spread=0.15, bumps=0.25, rim=0, clumps=0.1, count=16)
-    divides = rng.random(len(x)) < 0.012
-    sx, sy = _places(rng, shape, 14 * um)
+    cells = b.mosaic(12.5 * t.pitch * t.size, 2, jitter=0.33, warp=0.1)
+    wall = np.exp(-((_stretch(cells.second - cells.first, b.shape) / (1.6 * b.um)) ** 2))
+    septum, fine = (1.3 - np.abs(b.noise(90)) * 9).clip(0, 1), b.noise(1.5)
+    e = 0.36 + 0.07 * b.noise(14) + 0.05 * fine + 0.13 * wall + septum * (0.18 + 0.1 * fine)
+    h = (0.26 + 0.06 * b.noise(10)) * (1 - 0.8 * septum)
+    inside = _at(septum, cells.x, cells.y) < 0.3
+    x, y = cells.x[inside], cells.y[inside]
+    large = b.stamps(11 * t.size, 8.5 * t.size, 1.2 * t.dark, spread=0.17, bumps=0.1, rim=0.55, clumps=0.22, nucleoli=2)
+    mitosis = b.stamps(10, 3.5, 2.1, spread=0.15, bumps=0.25, rim=0, clumps=0.1)
+    divides = b.rng.random(len(x)) < 0.012
+    sx, sy = b.places(14)
     fibrous = _at(septum, sx, sy) > 0.6
-    spindle = _stamps(rng, um, long=11, wide=3, dark=1.3)
-    return Patch(h * t.blue, e * t.pink, [_strew(rng, spindle, sx[fibrous], sy[fibrous]),
-                                          _strew(rng, nuclei, x[~divides], y[~divides]),
-                                          _strew(rng, mitoses, x[divides], y[divides])])
+    return Patch(h, e, [b.strew(b.stamps(11, 3, 1.3), sx[fibrous], sy[fibrous]),
+                        b.strew(large, x[~divides], y[~divides]), b.strew(mitosis, x[divides], y[divides])])
 
 
-def _lymphoid(rng: np.random.Generator, shape: Shape, um: float, t: Traits) -> Patch:
+def _lymphoid(b: Brush, t: Traits) -> Patch:
     """Dense sheets of small, round, dark nuclei with hardly any cytoplasm."""
-    e = 0.24 + 0.08 * _noise(rng, shape, 5 * um) + 0.05 * _noise(rng, shape, 1.2 * um)
-    h = 0.16 + 0.04 * _noise(rng, shape, 8 * um)
-    x, y = _places(rng, shape, 7.8 * t.pitch * t.size * um, jitter=0.33)
-    keep = rng.random(len(x)) < 0.93 - 0.16 * _at(_noise(rng, shape, 60 * um), x, y).clip(-0.4, 2)
-    nuclei = _stamps(rng, um, long=6.4 * t.size, wide=6.0 * t.size, dark=1.4 * t.dark, spread=0.08, bumps=0.04,
-                     rim=0.2, clumps=0.16)
-    return Patch(h * t.blue, e * t.pink, [_strew(rng, nuclei, x[keep], y[keep])])
+    e = 0.24 + 0.08 * b.noise(5) + 0.05 * b.noise(1.2)
+    h = 0.16 + 0.04 * b.noise(8)
+    x, y = b.places(7.8 * t.pitch * t.size, jitter=0.33)
+    keep = b.rng.random(len(x)) < 0.93 - 0.16 * _at(b.noise(60), x, y).clip(-0.4, 2)
+    small = b.stamps(6.4 * t.size, 6.0 * t.size, 1.4 * t.dark, spread=0.08, rim=0.2, clumps=0.16)
+    return Patch(h, e, [b.strew(small, x[keep], y[keep])])
 
 
-def _oriented(rng: np.random.Generator, um: float, long: float, wide: float, dark: float) -> Stamps:
-    """Four spindle nuclei at each of sixteen orientations, stamp 4k+i pointing at k*pi/16 from the x axis."""
-    angles = np.repeat(np.arange(16) * np.pi / 16, 4)
-    return _stamps(rng, um, long=long, wide=wide, dark=dark, spread=0.15, bumps=0.05, rim=0.2, angles=angles)
-
-
-def _along(rng: np.random.Generator, stamps: Stamps, x: Array, y: Array, angle: Array) -> Scatter:
-    which = np.rint(angle * 16 / np.pi).astype(int) % 16 * 4 + rng.integers(0, 4, len(x))
-    return Scatter(stamps, x, y, which)
-
-
-def _stroma(rng: np.random.Generator, shape: Shape, um: float, t: Traits) -> Patch:
+def _stroma(b: Brush, t: Traits) -> Patch:
     """Wavy collagen: noise drawn out along a bent direction, clefts between bundles, spindle nuclei lying with it."""
-    lean = rng.uniform(0, np.pi)
-    y, x = np.ogrid[: shape[0], : shape[1]]
-    bend, wave = (_swell(rng, shape, grain * um) for grain in (110, 26))
-    across = (y * math.cos(lean) - x * math.sin(lean)).astype(np.float32) + 26 * um * bend + 3.5 * um * wave
+    lean = b.rng.uniform(0, np.pi)
+    y, x = (axis / b.um for axis in np.ogrid[: b.shape[0], : b.shape[1]])
+    across = (y * math.cos(lean) - x * math.sin(lean)).astype(np.float32) + 26 * b.swell(110) + 3.5 * b.swell(26)
     along = (x * math.cos(lean) + y * math.sin(lean)).astype(np.float32)
     # two sheets of noise looked up along the bent coordinates: fibres 2 x 30 micrometres, bundles 9 x 65
-    row, column = (across * (2.8 / um)).astype(np.int32), (along * (1.6 / um)).astype(np.int32) & 1023
-    fibre = _noise(rng, (2048, 1024), 6, 48)[row & 2047, column]
-    cleft = _noise(rng, (2048, 1024), 25, 104)[row & 2047, column]
-    e = (0.48 + 0.13 * fibre + 0.04 * _noise(rng, shape, 1.5 * um)) * (1.9 - cleft).clip(0.05, 1)
-    h = 0.07 + 0.02 * fibre
-    px, py = _places(rng, shape, 19 * t.pitch * um, jitter=0.5)
-    down = _at(across, px, py + 2) - _at(across, px, py - 2)
-    right = _at(across, px + 2, py) - _at(across, px - 2, py)
-    spindle = _oriented(rng, um, 14 * t.size, 3.4 * t.size, 1.3 * t.dark)
-    return Patch(h * t.blue, e * t.pink, [_along(rng, spindle, px, py, np.arctan2(-right, down))])
+    sheet = Brush(b.rng, (2048, 1024), 1)
+    row, column = (across * 2.8).astype(np.int32) & 2047, (along * 1.6).astype(np.int32) & 1023
+    fibre, cleft = sheet.noise(6, 48)[row, column], sheet.noise(25, 104)[row, column]
+    e = (0.48 + 0.13 * fibre + 0.04 * b.noise(1.5)) * (1.9 - cleft).clip(0.05, 1)
+    px, py = b.places(19 * t.pitch, jitter=0.5)
+    down, right = _at(across, px, py + 2) - _at(across, px, py - 2), _at(across, px + 2, py) - _at(across, px - 2, py)
+    spindle = b.stamps(14 * t.size, 3.4 * t.size, 1.3 * t.dark, spread=0.15)
+    return Patch(0.07 + 0.02 * fibre, e, [b.strew(spindle, px, py, np.arctan2(-right, down))])
 
 
-def _gland(rng: np.random.Generator, shape: Shape, um: float, t: Traits) -> Patch:
+def _gland(b: Brush, t: Traits) -> Patch:
     """Crypts of normal mucosa: a lumen, tall mucinous cells, a ring of nuclei at their base; lamina propria between."""
-    pitch = 90 * t.pitch * um
-    crypts = _mosaic(rng, shape, pitch, 4, jitter=0.15, warp=0.06)
-    radius = (0.41 * pitch * np.exp(rng.normal(0, 0.12, len(crypts.x)))).astype(np.float32)
-    depth = _stretch(crypts.first / radius[crypts.owner], shape)  # 0 in the middle of a crypt, 1 at its base
-    lumen, inner = ((0.3 - depth) * 12).clip(0, 1), ((1.0 - depth) * 12).clip(0, 1)
-    fine = _noise(rng, shape, 1.5 * um)
-    propria = 0.34 + 0.1 * _noise(rng, shape, 6 * um) + 0.06 * fine
-    cell = 0.30 + 0.05 * fine + 0.12 * np.exp(-(((depth - 0.32) / 0.04) ** 2))
+    crypts = b.mosaic(90 * t.pitch, 4, jitter=0.15, warp=0.06)
+    radius = (37 * b.um * t.pitch * np.exp(b.rng.normal(0, 0.12, len(crypts.x)))).astype(np.float32)
+    depth = _stretch(crypts.first / radius[crypts.owner], b.shape)  # 0 in the middle of a crypt, 1 at its base
+    lumen, inner, fine = ((0.3 - depth) * 12).clip(0, 1), ((1.0 - depth) * 12).clip(0, 1), b.noise(1.5)
+    propria = 0.34 + 0.1 * b.noise(6) + 0.06 * fine
+    cell = 0.30 + 0.05 * fine + 0.12 * np.exp(-(((depth - 0.32) / 0.04) ** 2))  # a brush border round the lumen
     e = (propria * (1 - inner) + cell * inner) * (1 - 0.97 * lumen)
     h = (0.1 + 0.12 * inner + 0.03 * fine) * (1 - lumen)
-    ring: list[Array] = []
-    goblet: list[Array] = []
-    for cx, cy, r in zip(crypts.x, crypts.y, radius, strict=True):
-        count = round(2 * np.pi * r / (5.6 * um * t.size))
-        theta = (np.arange(count) + rng.uniform(-0.25, 0.25, count)) * 2 * np.pi / count
-        reach = r * rng.normal(0.88, 0.035, count)
-        ring.append(np.stack([cx + reach * np.cos(theta), cy + reach * np.sin(theta), theta]))
-        some = theta[rng.random(count) < 0.5]
-        reach = r * rng.normal(0.58, 0.06, len(some))
-        goblet.append(np.stack([cx + reach * np.cos(some), cy + reach * np.sin(some), some]))
-    basal, mucin = np.concatenate(ring, 1), np.concatenate(goblet, 1)
-    basal = basal[:, _at(depth, basal[0], basal[1]) > 0.72]  # where two crypts touch, no nuclei of one inside the other
-    tall = _oriented(rng, um, 8.5 * t.size, 4.6 * t.size, 1.15 * t.dark)
-    vacuole = _stamps(rng, um, long=10, wide=7, dark=0.16, rim=0, clumps=0.1, clear=0.06)
-    sx, sy = _places(rng, shape, 11 * um, jitter=0.45)
-    outside = (_at(depth, sx, sy) > 1.12) & (rng.random(len(sx)) < 0.5 + 0.3 * _at(_noise(rng, shape, 50 * um), sx, sy))
-    plasma = _stamps(rng, um, long=6.5, wide=5.5, dark=1.35 * t.dark, spread=0.15)
-    return Patch(h * t.blue, e * t.pink, [_strew(rng, vacuole, mucin[0], mucin[1]),
-                                          _strew(rng, plasma, sx[outside], sy[outside]),
-                                          _along(rng, tall, basal[0], basal[1], basal[2])])
+
+    def ring(at: float, thick: float, apart: float) -> tuple[Array, Array, Array]:
+        """x, y and angle of cells `apart` micrometres along circles at `at` of each crypt's radius."""
+        counts = np.rint(2 * np.pi * at * radius / (apart * b.um)).astype(int)
+        crypt = np.repeat(np.arange(len(radius)), counts)
+        nth = np.arange(len(crypt)) - np.repeat(np.cumsum(counts) - counts, counts)
+        angle = (nth + b.rng.uniform(-0.25, 0.25, len(crypt))) * 2 * np.pi / counts[crypt]
+        reach = radius[crypt] * b.rng.normal(at, thick, len(crypt))
+        x, y = crypts.x[crypt] + reach * np.cos(angle), crypts.y[crypt] + reach * np.sin(angle)
+        own = _at(depth, x, y) > at - 0.16  # where two crypts touch, no cell of one lies inside the other
+        return x[own], y[own], angle[own]
+
+    tall = b.stamps(8.5 * t.size, 4.6 * t.size, 1.15 * t.dark, spread=0.12)
+    mucin = b.stamps(10, 7, 0.16, rim=0, clumps=0.1, clear=0.06)
+    plasma = b.stamps(6.5, 5.5, 1.35 * t.dark, spread=0.15)
+    x, y = b.places(11, jitter=0.45)
+    between = (_at(depth, x, y) > 1.12) & (b.rng.random(len(x)) < 0.5 + 0.3 * _at(b.noise(50), x, y))
+    return Patch(h, e, [b.strew(mucin, *ring(0.58, 0.06, 8)), b.strew(plasma, x[between], y[between]),
+                        b.strew(tall, *ring(0.88, 0.035, 5 * t.size))])
 
 
-def _fat(rng: np.random.Generator, shape: Shape, um: float, t: Traits) -> Patch:
+def _fat(b: Brush, t: Traits) -> Patch:
     """Large empty adipocytes with thin walls, and here and there a nucleus flattened against one."""
-    cells = _mosaic(rng, shape, 62 * t.pitch * um, 2, jitter=0.3, warp=0.08)
-    gap = _stretch(cells.second - cells.first, shape)
-    thick = (2.0 + 0.5 * _noise(rng, shape, 50 * um)).clip(1.2, 4) * um
-    wall = (1.6 - gap / thick).clip(0, 1)
-    e = wall * (0.42 + 0.08 * _noise(rng, shape, 2 * um))
-    h = 0.08 * wall
-    spots = rng.choice(np.flatnonzero(wall > 0.9), max(1, round(wall.size / (38 * um) ** 2)))
-    y, x = np.divmod(spots, shape[1])
+    cells = b.mosaic(62 * t.pitch, 2, jitter=0.3, warp=0.08)
+    gap = _stretch(cells.second - cells.first, b.shape)
+    wall = (1.6 - gap / ((2.0 + 0.5 * b.noise(50)).clip(1.2, 4) * b.um)).clip(0, 1)
+    x, y = b.places(7, jitter=0.5)
+    keep = (_at(wall, x, y) > 0.9) & (b.rng.random(len(x)) < 0.3)
+    x, y = x[keep], y[keep]
     down, right = _at(gap, x, y + 3) - _at(gap, x, y - 3), _at(gap, x + 3, y) - _at(gap, x - 3, y)
-    flat = _oriented(rng, um, 9 * t.size, 3 * t.size, 1.4 * t.dark)
-    return Patch(h * t.blue, e * t.pink, [_along(rng, flat, x, y, np.arctan2(-right, down))])
+    flat = b.stamps(9 * t.size, 3 * t.size, 1.4 * t.dark)
+    e = wall * (0.42 + 0.08 * b.noise(2))
+    return Patch(0.08 * wall, e, [b.strew(flat, x, y, np.arctan2(-right, down))])
 
 
-def _necrosis(rng: np.random.Generator, shape: Shape, um: float, t: Traits) -> Patch:
+def _necrosis(b: Brush, t: Traits) -> Patch:
     """Granular pink debris, ghosts of nuclei that no longer stain, dust of broken ones."""
-    lumps = _noise(rng, shape, 22 * um)
-    e = 0.48 + 0.09 * lumps + 0.1 * _noise(rng, shape, 5 * um) + 0.12 * _noise(rng, shape, 1.4 * um)
-    e *= (2.4 - 1.2 * _noise(rng, shape, 14 * um)).clip(0.1, 1)
-    h = 0.12 + 0.05 * _noise(rng, shape, 6 * um)
-    gx, gy = _places(rng, shape, 17 * um * t.pitch, jitter=0.5)
-    ghost = _stamps(rng, um, long=9 * t.size, wide=7.5 * t.size, dark=0.42 * t.dark, spread=0.2, bumps=0.12, rim=0.5,
-                    clear=0.35)
-    dx, dy = _places(rng, shape, 6 * um, jitter=0.5)
-    dusty = rng.random(len(dx)) < 0.3 + 0.25 * _at(lumps, dx, dy)
-    dust = _stamps(rng, um, long=2.2, wide=1.8, dark=1.2 * t.dark, spread=0.4, bumps=0.15, rim=0, clear=0.5)
-    return Patch(h * t.blue, e * t.pink, [_strew(rng, ghost, gx, gy), _strew(rng, dust, dx[dusty], dy[dusty])])
+    lumps = b.noise(22)
+    e = 0.48 + 0.09 * lumps + 0.1 * b.noise(5) + 0.12 * b.noise(1.4)
+    e *= (2.4 - 1.2 * b.noise(14)).clip(0.1, 1)
+    ghost = b.stamps(9 * t.size, 7.5 * t.size, 0.42 * t.dark, spread=0.2, bumps=0.12, rim=0.5)
+    dust = b.stamps(2.2, 1.8, 1.2 * t.dark, spread=0.4, bumps=0.15, rim=0, clear=0.5)
+    x, y = b.places(6, jitter=0.5)
+    dusty = b.rng.random(len(x)) < 0.3 + 0.25 * _at(lumps, x, y)
+    return Patch(0.12 + 0.05 * b.noise(6), e, [b.strew(ghost, *b.places(17 * t.pitch, jitter=0.5)),
+                                               b.strew(dust, x[dusty], y[dusty])])
 
 
 TISSUES = dict(zip(CLASSES, (_tumour, _lymphoid, _stroma, _gland, _fat, _necrosis), strict=True))
 
 
-# ------------------------------------------------------------------------------------------- a slide
+def _tissue(name: str, seed: int, patient: int, brush: Brush) -> Patch:
+    """A piece of this patient's tissue, in grey levels."""
+    factors = np.exp(_rng(seed, patient, 0, 1 + CLASSES.index(name)).normal(0, [0.08, 0.08, 0.15, 0.2, 0.2]))
+    traits = Traits(*factors.tolist())
+    patch = TISSUES[name](brush, traits)
+    return Patch(patch.h * (traits.blue / LEVEL), patch.e * (traits.pink / LEVEL), patch.nuclei)
+
+
+# --- a slide
 
 
 @dataclass
 class Painting:
-    """A slide in memory: RGB pixels (rows, columns, 3), microns per pixel, and the outline (x, y pixels) of each region."""
+    """A slide in memory: RGB pixels (rows, columns, 3), microns per pixel, and (class, outline in pixels) of regions."""
 
     pixels: Array
     mpp: float
     regions: list[tuple[str, Array]]
 
 
-@dataclass
-class Layout:
-    """The map of a slide in cells of COARSE micrometres: region numbers from 0 (-1 is glass), and the class of each."""
-
-    owner: Array
-    names: list[str]
-
-
-def _layout(rng: np.random.Generator, shape: Shape, um: float, first: int) -> Layout:
-    """An irregular outline of tissue, cut into warped Voronoi regions of about 500 micrometres."""
-    low = (math.ceil(shape[0] / (COARSE * um)), math.ceil(shape[1] / (COARSE * um)))
-    y, x = np.mgrid[-1 : 1 : low[0] * 1j, -1 : 1 : low[1] * 1j].astype(np.float32)
-    border = 1 - np.maximum(np.abs(x), np.abs(y))
-    blob = 1 - np.hypot(x, y) + 0.15 * _noise(rng, low, max(low) / 4) + 0.012 * _noise(rng, low, 7)
-    blob += 4 * (border - 0.14).clip(None, 0)  # glass all round
-    tissue = blob > np.quantile(blob, rng.uniform(0.30, 0.45))  # so 55 to 70 % of every slide is tissue
-    pitch = min(500.0, COARSE * min(low) / 2) / COARSE
-    owner = _mosaic(rng, low, pitch, 1, jitter=0.36, warp=0.15).owner
+def _layout(b: Brush, first: int) -> tuple[Array, list[str]]:
+    """An irregular piece of tissue in bent Voronoi regions: each cell's region (-1 is glass), each region's class."""
+    y, x = np.mgrid[-1 : 1 : b.shape[0] * 1j, -1 : 1 : b.shape[1] * 1j].astype(np.float32)
+    extent = max(b.shape) / b.um
+    blob = 1 - np.hypot(x, y) + 0.15 * b.noise(extent / 4) + 0.012 * b.noise(56)
+    margin = 0.84 + 0.06 * b.noise(extent / 6)
+    blob += 4 * (margin - np.maximum(np.abs(x), np.abs(y))).clip(None, 0)  # glass all round
+    tissue = blob > np.quantile(blob, b.rng.uniform(0.36, 0.50))  # so 50 to 64 % of every slide is tissue
+    owner = b.mosaic(min(500.0, min(b.shape) / b.um / 2), 1, jitter=0.36, warp=0.15).owner
     # tissues reach into each other by some 20 micrometres
-    reach = [np.arange(n).reshape(s) + 2.5 * _noise(rng, low, 8) for n, s in zip(low, ((-1, 1), (1, -1)), strict=True)]
-    owner = _at(owner, reach[1], reach[0])
-    owner = np.where(tissue, owner, -1)
+    y, x = (cell + 2.5 * b.noise(64) for cell in np.indices(b.shape))
+    owner = np.where(tissue, _at(owner, x, y), -1)
     numbers, sizes = np.unique(owner[tissue], return_counts=True)
-    numbers = numbers[np.argsort(-sizes, kind="stable")]
-    # classes are dealt like cards, largest regions first; the first card goes round with patient and slide,
+    renumber = np.full(owner.max() + 2, -1)
+    renumber[numbers[np.argsort(-sizes, kind="stable")]] = np.arange(len(numbers))
+    # classes are dealt like cards, to the largest regions first; the first card goes round with patient and slide,
     # so that even a cohort of slides with two regions each shows every class
-    deck = np.concatenate([rng.permutation(len(CLASSES)) for _ in range(len(numbers) // len(CLASSES) + 2)])
-    deck = np.concatenate([[first % len(CLASSES)], deck[deck != first % len(CLASSES)]])
-    renumber = np.full(int(owner.max()) + 2, -1)
-    renumber[numbers] = np.arange(len(numbers))
-    return Layout(renumber[owner], [CLASSES[k] for k in deck[: len(numbers)]])
+    first %= len(CLASSES)
+    deck = [card for _ in range(len(numbers) // 6 + 1) for card in b.rng.permutation(len(CLASSES)).tolist()]
+    deck.insert(0, deck.pop(deck.index(first)))
+    return renumber[owner], [CLASSES[card] for card in deck[: len(numbers)]]
 
 
 def _outlines(mask: Array) -> Iterator[Array]:
-    """Outer borders of a mask, (points, 2) in cells: walks its cracks with the mask on the right, cutting the corners."""
-    m = np.pad(mask, 1)
+    """Outer borders of a mask, (points, 2) in cells: its cracks walked with the mask on the right, corners cut."""
+    padded = np.pad(mask, 1)
     ends: dict[tuple[int, int], list[tuple[int, int]]] = {}
-    for (dy, dx), (x0, y0), (x1, y1) in (
-        ((-1, 0), (0, 0), (1, 0)),
-        ((0, 1), (1, 0), (1, 1)),
-        ((1, 0), (1, 1), (0, 1)),
-        ((0, -1), (0, 1), (0, 0)),
-    ):
-        for y, x in np.argwhere(m & ~np.roll(m, (-dy, -dx), (0, 1))).tolist():
-            ends.setdefault((x + x0 - 1, y + y0 - 1), []).append((x + x1 - 1, y + y1 - 1))
+    for down, right, start, end in ((-1, 0, (-1, -1), (0, -1)), (0, 1, (0, -1), (0, 0)),
+                                    (1, 0, (0, 0), (-1, 0)), (0, -1, (-1, 0), (-1, -1))):
+        for y, x in np.argwhere(padded & ~np.roll(padded, (-down, -right), (0, 1))).tolist():
+            ends.setdefault((x + start[0], y + start[1]), []).append((x + end[0], y + end[1]))
     while ends:
-        point = start = next(iter(ends))
-        walk = []
-        while True:
-            walk.append(point)
-            nexts = ends[point]
-            point = nexts.pop()
-            if not nexts:
+        walk = [next(iter(ends))]
+        while len(walk) == 1 or walk[-1] != walk[0]:
+            crack = ends[walk[-1]]
+            following = crack.pop()
+            if not crack:
                 del ends[walk[-1]]
-            if point == start:
-                break
-        corners = np.array(walk, float)
-        following = np.roll(corners, -1, 0)
-        area = (corners[:, 0] * following[:, 1] - following[:, 0] * corners[:, 1]).sum() / 2
-        if area >= 25:  # holes come out negative; specks under 40 micrometres squared nobody annotates
-            yield (corners + following) / 2
+            walk.append(following)
+        a, b = np.array(walk[:-1], float), np.array(walk[1:], float)
+        # holes come out negative; and specks under 40 micrometres squared nobody annotates
+        if (a[:, 0] * b[:, 1] - b[:, 0] * a[:, 1]).sum() / 2 >= 25:
+            yield (a + b) / 2
 
 
 def paint(seed: int, patient: int, slide: int, *, size: int | tuple[int, int] = 4096, mpp: float = 0.5) -> Painting:
-    """Paint one slide of `size` pixels (or width, height) at `mpp` microns per pixel; the scanner follows the patient."""
+    """Paint one slide of `size` pixels (or width, height) at `mpp` microns per pixel, by its patient's scanner."""
     width, height = (size, size) if isinstance(size, int) else size
-    if min(width, height) < SMALLEST:
-        raise ValueError(f"size={size} is too small for a slide; give at least {SMALLEST} pixels a side")
-    if not 0.1 <= mpp <= 4:
-        raise ValueError(f"mpp={mpp} is no magnification of nuclei; give 0.1 to 4 micrometres per pixel")
+    if not 0.2 <= mpp <= 2:
+        raise ValueError(f"mpp={mpp} does not show nuclei well; give 0.2 to 2 micrometres per pixel")
+    if min(width, height) < max(SMALLEST[0], SMALLEST[1] / mpp):
+        raise ValueError(f"size={size} is too small for a slide at mpp={mpp}; "
+                         f"give at least {max(SMALLEST[0], math.ceil(SMALLEST[1] / mpp))} pixels a side")
     if min(seed, patient, slide) < 0:
-        raise ValueError(f"seed={seed}, patient={patient}, slide={slide}: all three must be 0 or more")
-    um, shape = 1 / mpp, (height, width)
-    rng = _rng(seed, patient, slide + 1, 1)
-    layout = _layout(rng, shape, um, patient + slide)
-    cell = COARSE * um
-    thickness = 1 + 0.1 * _noise(rng, layout.owner.shape, 60)
-    h, e = np.zeros(shape, np.uint8), np.zeros(shape, np.uint8)
-    dust = _stamps(rng, um, long=9, wide=4, dark=0.12, spread=0.5, bumps=0.3, rim=0, clear=2.5)
-    scatters = [_strew(rng, dust, *_places(rng, shape, 600 * um, jitter=1))]
+        raise ValueError(f"seed={seed}, patient={patient}, slide={slide}: give numbers from 0 up")
+    um, rng, cell = 1 / mpp, _rng(seed, patient, slide + 1, 1), COARSE / mpp
+    h, e = np.zeros((height, width), np.uint8), np.zeros((height, width), np.uint8)
+    map_brush = Brush(rng, (math.ceil(height / cell), math.ceil(width / cell)), 1 / COARSE)
+    owner, names = _layout(map_brush, patient + slide)
+    thickness = 1 + 0.1 * map_brush.noise(480)
+    brush = Brush(rng, (height, width), um)
+    dust = brush.stamps(9, 4, 0.12, spread=0.5, bumps=0.3, rim=0, clear=2.5)  # on the glass; it takes no eosin away
+    nuclei = [brush.strew(dust, *brush.places(600, jitter=1))]
     regions: list[tuple[str, Array]] = []
-    for number, name in enumerate(layout.names):
-        mask = layout.owner == number
+    for number, name in enumerate(names):
+        mask = owner == number
+        regions += [(name, (line * cell).clip(0, (width, height))) for line in _outlines(mask)]
         ys, xs = (np.flatnonzero(mask.any(axis)) for axis in (1, 0))
         top, left = max(0, int((ys[0] - 2) * cell)), max(0, int((xs[0] - 2) * cell))
         bottom, right = min(height, int((ys[-1] + 3) * cell)), min(width, int((xs[-1] + 3) * cell))
-        patch = TISSUES[name](_rng(seed, patient, slide + 1, 100 + number), (bottom - top, right - left), um,
-                              _traits(seed, patient, name))
-        soft = Image.fromarray(mask.astype(np.uint8) * 255).filter(ImageFilter.GaussianBlur(0.8))
-        ground = _stretch(np.asarray(soft, np.float32), patch.h.shape,
-                          (left / cell, top / cell, right / cell, bottom / cell))
-        thick = _stretch(thickness, patch.h.shape, (left / cell, top / cell, right / cell, bottom / cell))
-        # neighbours melt into each other over about 5 micrometres
-        share = (ground * (3 / 255) - 1).clip(0, 1) * thick / LEVEL
+        brush = Brush(_rng(seed, patient, slide + 1, 100 + number), (bottom - top, right - left), um)
+        patch = _tissue(name, seed, patient, brush)
+        box = (left / cell, top / cell, right / cell, bottom / cell)
+        soft = np.asarray(Image.fromarray(mask.astype(np.uint8) * 255).filter(ImageFilter.GaussianBlur(0.8)))
+        ground = _stretch(soft.astype(np.float32) / 255, brush.shape, box)
+        # shares of neighbours add up to one, and melt into each other over some 5 micrometres
+        share = (3 * ground - 1).clip(0, 1) * _stretch(thickness, brush.shape, box)
         for canvas, field in ((h, patch.h), (e, patch.e)):
             part = canvas[top:bottom, left:right]
             part += (field * share).clip(0, 250 - part).astype(np.uint8)
-        for scatter in patch.nuclei:
-            keep = _at(ground, scatter.x, scatter.y) > 127  # whole nuclei only: a border never cuts one
-            scatters.append(Scatter(scatter.stamps, scatter.x[keep] + left, scatter.y[keep] + top, scatter.which[keep]))
-        regions += [(name, (line * cell).clip(0, (width, height))) for line in _outlines(mask)]
-    for scatter in scatters:
-        _stick(h, e, scatter)
+        for stamps, x, y, which in patch.nuclei:
+            keep = _at(ground, x, y) > 0.5  # whole nuclei only: a border never cuts one
+            nuclei.append(Nuclei(stamps, x[keep] + left, y[keep] + top, which[keep]))
+    for some in nuclei:
+        _stick(h, e, some)
     stain = stain_of(seed, patient, slide)
-    h, e = _expose(rng, h, stain.blur * um), _expose(rng, e, stain.blur * um)
-    return Painting(_develop(h, e, _table(stain)), mpp, regions)
+    return Painting(_develop(_expose(rng, h, e, stain.blur * um), _table(stain)), mpp, regions)
 
 
-def _expose(rng: np.random.Generator, field: Array, blur: float) -> Array:
-    """The optics' blur (pixels) and the sensor's grain, put on concentrations so that Beer-Lambert holds to the last bit."""
-    blurred = np.asarray(Image.fromarray(field).filter(ImageFilter.GaussianBlur(blur)))
-    return blurred.clip(0, 250) + rng.integers(0, 5, field.shape, np.uint8)
-
-
-# ------------------------------------------------------------------------------------------- files
-
-
-def write_slide(path: Path, painting: Painting) -> None:
-    """Write an Aperio-like pyramid (levels 1, 1/4, 1/16) and, beside it, the regions as `<slide>.geojson` for QuPath."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    features = [
-        {
-            "type": "Feature",
-            "geometry": {"type": "Polygon", "coordinates": [np.round([*line, line[0]], 1).tolist()]},
-            "properties": {"objectType": "annotation", "classification": {"name": name}},
-        }
-        for name, line in painting.regions
-    ]
-    collection = json.dumps({"type": "FeatureCollection", "features": features})
-    _replace(path.with_suffix(".geojson"), lambda part: part.write_text(collection))
-    _replace(path, lambda part: _write_pyramid(part, painting))  # last: a slide that is there is whole
+# --- files
 
 
 def _replace(path: Path, write: Callable[[Path], object]) -> None:
+    """Write under a name of our own, then rename: a killed job leaves nothing half done under the final name."""
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         write(part)
@@ -576,127 +513,116 @@ def _replace(path: Path, write: Callable[[Path], object]) -> None:
         part.unlink(missing_ok=True)
 
 
+def write_slide(path: Path, painting: Painting) -> None:
+    """Write an Aperio-like pyramid (levels 1, 1/4, 1/16) and, beside it, the regions as a QuPath `<slide>.geojson`."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    features = [{"type": "Feature",
+                 "geometry": {"type": "Polygon", "coordinates": [np.round([*line, line[0]], 1).tolist()]},
+                 "properties": {"objectType": "annotation", "classification": {"name": name}}}
+                for name, line in painting.regions]
+    text = json.dumps({"type": "FeatureCollection", "features": features})
+    _replace(path.with_suffix(".geojson"), lambda part: part.write_text(text))
+    _replace(path, lambda part: _write_pyramid(part, painting))  # last: a slide that is there has its regions
+
+
 def _write_pyramid(path: Path, painting: Painting) -> None:
-    height, width, _ = painting.pixels.shape
-    whole = f"Aperio Image Library v12.0.0 \r\n{width}x{height} [0,0 {width}x{height}] (256x256)"
-    facts = f"AppMag = {10 / painting.mpp:g}|MPP = {painting.mpp:.4f}"
+    level = Image.fromarray(painting.pixels)
+    extent = f"{level.width}x{level.height}"
+    whole = f"Aperio Image Library v12.0.0 \r\n{extent} [0,0 {extent}] (256x256)"
+    facts = f"JPEG/RGB Q={QUALITY}|AppMag = {10 / painting.mpp:g}|MPP = {painting.mpp:.4f}"
     with tifffile.TiffWriter(path) as tiff:
-
-        def page(pixels: Array, says: str, **layout: object) -> None:
-            tiff.write(pixels, description=f"{says} JPEG/RGB Q={QUALITY}|{facts}", photometric="rgb", metadata=None,
-                       compression="jpeg", compressionargs={"level": QUALITY}, software=False, maxworkers=1,
-                       **layout)  # type: ignore[arg-type]
-
-        page(painting.pixels, whole, tile=(256, 256))
-        level = Image.fromarray(painting.pixels)
+        page = partial(tiff.write, photometric="rgb", metadata=None, software=False, maxworkers=1, compression="jpeg",
+                       compressionargs={"level": QUALITY})
+        page(painting.pixels, tile=(256, 256), description=f"{whole} {facts}")
         thumbnail = level.reduce(math.ceil(max(level.size) / 768))
-        # Aperio puts the thumbnail second, in strips: readers tell it from a level by that
-        page(np.asarray(thumbnail), f"{whole} -> {thumbnail.width}x{thumbnail.height}", rowsperstrip=16)
+        # Aperio puts the thumbnail second and in strips: by that readers tell it from a level
+        page(np.asarray(thumbnail), rowsperstrip=16,
+             description=f"{whole} -> {thumbnail.width}x{thumbnail.height} {facts}")
         for _ in range(2):
             level = level.reduce(4)
-            page(np.asarray(level), f"{whole} -> {level.width}x{level.height}", tile=(256, 256))
+            page(np.asarray(level), tile=(256, 256), description=f"{whole} -> {level.width}x{level.height} {facts}")
 
 
-def _do(function: Callable[..., object], jobs: list, workers: int, progress: Callable[[int, int], None] | None) -> None:
-    """Run the jobs here or over processes, telling how many of all are done."""
+def _each(job: Callable[..., object], jobs: list, workers: int, progress: Progress | None) -> None:
+    """Do the jobs, here or over processes (fork or spawn: the jobs are plain values), telling how many are done."""
     if workers < 1:
         raise ValueError(f"workers={workers} cannot work; give 1 or more")
-    if workers == 1 or len(jobs) < 2:
-        _count(map(function, jobs), len(jobs), progress)
-    else:
-        with ProcessPoolExecutor(min(workers, len(jobs))) as pool:
-            _count(pool.map(function, jobs), len(jobs), progress)
+    with ExitStack() as stack:
+        here = workers == 1 or len(jobs) < 2
+        run = map if here else stack.enter_context(ProcessPoolExecutor(min(workers, len(jobs)))).map
+        for done, _ in enumerate(run(job, jobs), 1):
+            if progress is not None:
+                progress(done, len(jobs))
 
 
-def _count(results: Iterable[object], total: int, progress: Callable[[int, int], None] | None) -> None:
-    for done, _ in enumerate(results, 1):
-        if progress is not None:
-            progress(done, total)
-
-
-def _paint_and_write(job: tuple[Path, int, int, int], size: int | tuple[int, int], mpp: float) -> None:
-    path, seed, patient, slide = job
+def _paint_and_write(job: tuple[Path, int, int], seed: int, size: int | tuple[int, int], mpp: float) -> None:
+    path, patient, slide = job
     write_slide(path, paint(seed, patient, slide, size=size, mpp=mpp))
 
 
-def write_cohort(
-    folder: Path,
-    *,
-    patients: int,
-    slides_per_patient: int = 1,
-    size: int | tuple[int, int] = 4096,
-    mpp: float = 0.5,
-    seed: int = 0,
-    test_patients: int = 2,
-    workers: int = 1,
-    progress: Callable[[int, int], None] | None = None,
-) -> list[Path]:
-    """Write `P00-S0.svs`, its `.geojson`, ... and slides.csv; the last `test_patients` are the test split; 0 is none.
+def write_cohort(folder: Path, *, patients: int, slides_per_patient: int = 1, size: int | tuple[int, int] = 4096,
+                 mpp: float = 0.5, seed: int = 0, test_patients: int = 2, workers: int = 1,
+                 progress: Progress | None = None) -> list[Path]:
+    """Write `P00-S0.svs`, its `.geojson`, ... and slides.csv; the last `test_patients` patients are its test split.
 
-    A slide already there is kept as it is. `progress(done, total)` is called after every slide that was painted.
+    A slide that is there is kept as it is; `progress(done, total)` counts those painted. 0 test patients: all train.
     """
     if patients < 1 or slides_per_patient < 1:
-        raise ValueError(f"patients={patients}, slides_per_patient={slides_per_patient}: both must be 1 or more")
+        raise ValueError(f"patients={patients}, slides_per_patient={slides_per_patient}: give 1 or more of both")
     if test_patients and not 2 <= test_patients <= patients - 2:
-        raise ValueError(f"test_patients={test_patients} of {patients} patients leaves a split with fewer than two scanners; "
-                         "keep at least 2 patients on each side, or test_patients=0 for no test split")
+        raise ValueError(f"test_patients={test_patients} of {patients} patients leaves a split without two scanners; "
+                         "keep at least 2 patients on either side, or test_patients=0 for no test split")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    names = [(p, s, f"P{p:02d}-S{s}") for p in range(patients) for s in range(slides_per_patient)]
-    rows = [(name, f"P{p:02d}", scanner_of(p).scanner, "train" if p < patients - test_patients else "test")
-            for p, _, name in names]
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows([("slide", "patient", "scanner", "split"), *rows])
-    _replace(folder / "slides.csv", lambda part: part.write_text(text.getvalue()))
-    jobs = [(path, seed, p, s) for p, s, name in names if not (path := folder / f"{name}.svs").exists()]
-    _do(partial(_paint_and_write, size=size, mpp=mpp), jobs, workers, progress)
-    return [folder / f"{name}.svs" for _, _, name in names]
+    slides = [(folder / f"P{p:02d}-S{s}.svs", p, s) for p in range(patients) for s in range(slides_per_patient)]
+    table = io.StringIO()
+    lines = csv.writer(table, lineterminator="\n")
+    lines.writerow(["slide", "patient", "scanner", "split"])
+    for path, p, _ in slides:
+        split = "train" if p < patients - test_patients else "test"
+        lines.writerow([path.stem, f"P{p:02d}", scanner_of(p).scanner, split])
+    _replace(folder / "slides.csv", lambda part: part.write_text(table.getvalue()))
+    missing = [slide for slide in slides if not slide[0].exists()]
+    _each(partial(_paint_and_write, seed=seed, size=size, mpp=mpp), missing, workers, progress)
+    return [path for path, _, _ in slides]
 
 
-def write_tiles(
-    folder: Path,
-    *,
-    count: int,
-    size: int = 96,
-    seed: int = 0,
-    workers: int = 1,
-    progress: Callable[[int, int], None] | None = None,
-) -> None:
-    """Write `count` distinct JPEG tiles of `size` pixels at 0.5 mpp as `<class>/<patient>_<nnnnnn>.jpg`, for scale tests.
+def write_tiles(folder: Path, *, count: int, size: int = 96, seed: int = 0, workers: int = 1,
+                progress: Progress | None = None) -> None:
+    """Write `count` distinct JPEG tiles of `size` pixels at 0.5 mpp as `<class>/<patient>_<nnnnnn>.jpg`, for scale.
 
-    Seeded, and the same whatever `workers`; `progress(done, total)` counts batches of tiles.
+    The same whatever `workers`; `progress(done, total)` counts pieces of up to PIECE tiles.
     """
     if count < 1:
         raise ValueError(f"count={count} tiles is nothing to write; give 1 or more")
     if not 16 <= size <= 1024:
         raise ValueError(f"size={size} pixels is no tile; give 16 to 1024")
-    folder = Path(folder)
     for name in CLASSES:
-        (folder / name).mkdir(parents=True, exist_ok=True)
+        (Path(folder) / name).mkdir(parents=True, exist_ok=True)
     piece = min(PIECE, math.ceil(count / (2 * len(CLASSES))))  # even few tiles show every class of two patients
-    jobs = [(start, min(start + piece, count), number) for number, start in enumerate(range(0, count, piece))]
-    _do(partial(_cut_tiles, folder=folder, size=size, seed=seed), jobs, workers, progress)
+    jobs = [(number, start, min(start + piece, count)) for number, start in enumerate(range(0, count, piece))]
+    _each(partial(_cut_tiles, folder=Path(folder), size=size, seed=seed), jobs, workers, progress)
 
 
 def _cut_tiles(job: tuple[int, int, int], folder: Path, size: int, seed: int) -> None:
-    """Tiles start to stop, all of one class of one patient, at distinct corners of one canvas."""
-    start, stop, number = job
+    """Tiles start to stop, of one class and patient, from distinct corners of one canvas, each with its own stain."""
+    number, start, stop = job
     patient, name = number // len(CLASSES), CLASSES[number % len(CLASSES)]
-    rng = _rng(seed, patient, 0, 1000 + number)
-    side = max(1024, 2 * size)
-    patch = TISSUES[name](rng, (side, side), 2.0, _traits(seed, patient, name))
-    h, e = ((field / LEVEL).clip(0, 250).astype(np.uint8) for field in (patch.h, patch.e))
-    for scatter in patch.nuclei:
-        _stick(h, e, scatter)
+    rng, um = _rng(seed, patient, 0, 1000 + number), 2.0
+    side = max(2 * size, 1024 if stop - start > 100 else 384)  # pixels; a handful of tiles needs no large canvas
+    patch = _tissue(name, seed, patient, Brush(rng, (side, side), um))
+    h, e = (field.clip(0, 250).astype(np.uint8) for field in (patch.h, patch.e))
+    for nuclei in patch.nuclei:
+        _stick(h, e, nuclei)
     stain = stain_of(seed, patient, 0)
-    h, e = _expose(rng, h, stain.blur * 2), _expose(rng, e, stain.blur * 2)
-    both = h.astype(np.uint16) << 8 | e
-    tables = [_table(Stain(stain.scanner, stain.vectors * np.exp(rng.normal(0, 0.06, (2, 1))), stain.white, 0))
-              for _ in range(16)]
+    both = _expose(rng, h, e, stain.blur * um)
+    jitters = np.exp(rng.normal(0, 0.06, (16, 2, 1)))
+    tables = [_table(replace(stain, vectors=stain.vectors * jitter)) for jitter in jitters]
     corners = rng.choice((side - size) ** 2, stop - start, replace=False)
     turns, colours = rng.integers(0, 8, len(corners)), rng.integers(0, len(tables), len(corners))
     for index, corner, turn, colour in zip(range(start, stop), corners, turns, colours, strict=True):
         y, x = divmod(int(corner), side - size)
-        cut = np.rot90(both[y : y + size, x : x + size], turn % 4)
-        rgba = tables[colour][cut if turn < 4 else cut[:, ::-1]].view(np.uint8).reshape(size, size, 4)
-        Image.fromarray(rgba[..., :3]).save(folder / name / f"P{patient:02d}_{index:06d}.jpg", quality=QUALITY)
+        cut = np.rot90(both[y : y + size, x : x + size], turn)[:, :: 1 if turn < 4 else -1]
+        tile = Image.fromarray(_develop(np.ascontiguousarray(cut), tables[colour]))
+        tile.save(folder / name / f"P{patient:02d}_{index:06d}.jpg", quality=QUALITY)

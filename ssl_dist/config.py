@@ -131,7 +131,7 @@ def load(kind: type, name: str, overrides: list[str]) -> Any:
 def load_train(name: str, overrides: list[str]) -> Train:
     """A training config with its method's own keys checked and filled in; imports the method, and so torch."""
     train = load(Train, name, overrides)
-    return replace(train, method={"name": train.method["name"], **schema._plain(method_config(train, name))})
+    return replace(train, method={"name": train.method["name"], **schema.plain(method_config(train, name))})
 
 
 def method_config(train: Train, where: str = "config") -> Any:

@@ -4,6 +4,7 @@ N all samples of a step   B one rank's   D width
 """
 
 import os
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
@@ -82,6 +83,20 @@ def first(value: Any) -> Any:
     box = [value]
     c10d.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def once(action: Callable[[], Any]) -> Any:
+    """What rank 0's `action` returns, on every rank; if it raises, every rank raises the same."""
+    outcome = None
+    if rank() == 0:
+        try:
+            outcome = (True, action())
+        except Exception as error:
+            outcome = (False, error)
+    done, value = first(outcome)
+    if not done:
+        raise value
+    return value
 
 
 def largest(values: list[float], device: torch.device) -> list[float]:

@@ -29,8 +29,11 @@ class ConfigError(ValueError):
     exit_code = 2
 
     def __init__(self, problems: list[str]):
-        super().__init__("\n".join(problems))
+        super().__init__(problems)
         self.problems = problems
+
+    def __str__(self) -> str:
+        return "\n".join(self.problems)
 
 
 def load(schema: type, file: Path | None, overrides: list[str]) -> Any:
@@ -72,16 +75,16 @@ def build(schema: type, values: dict[str, Any], places: dict[str, str] | None = 
 
 def dump(instance: Any) -> str:
     """The resolved tree as YAML that `load` reads back."""
-    return OmegaConf.to_yaml(OmegaConf.create(_plain(instance)))
+    return OmegaConf.to_yaml(OmegaConf.create(plain(instance)))
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
     if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
+        return {key: plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     return str(value) if isinstance(value, Path) else value
 
 

@@ -13,7 +13,6 @@ import torch
 from timm.models import save_for_hf
 from torch import Tensor, nn
 
-from ssl_dist.models.batchnorm import synchronise
 
 
 class EncoderError(ValueError):
@@ -44,18 +43,21 @@ class Encoder(nn.Module):
         pixels_B3HW = pixels_BHW3.permute(0, 3, 1, 2).float()
         return self.network((pixels_B3HW - self._mean_C) / self._std_C)
 
-    def synchronised(self) -> "Encoder":
-        """The same encoder with BatchNorm over all ranks."""
-        synchronise(self.network)
-        return self
+    def save(self, folder: Path, size: int | None, about: dict[str, Any]) -> None:
+        """Writes config.json and model.safetensors as timm loads them; `about` goes into config.json under `ssl_dist`.
 
-    def save(self, folder: Path, about: dict[str, Any]) -> None:
-        """Writes config.json and model.safetensors as timm loads them; `about` goes into config.json under `ssl_dist`."""
+        `size` is the width in pixels that the network was trained on.
+        """
         # A plain twin: timm must find its own BatchNorm, and the weights' names are the same.
         plain = timm.create_model(self.name, pretrained=False, num_classes=0, **_tuples(self.args))
         plain.load_state_dict(self.network.state_dict())
-        plain.pretrained_cfg = {**plain.pretrained_cfg, "mean": self.mean, "std": self.std, "num_classes": 0,
-                                "tag": "ssl_dist", "custom_load": False, "hf_hub_id": None, "url": ""}
+        # Of timm's card of the architecture, what belongs to somebody else's weights must go.
+        plain.pretrained_cfg = {
+            **plain.pretrained_cfg, "mean": self.mean, "std": self.std, "num_classes": 0, "tag": "ssl_dist",
+            "custom_load": False, "crop_pct": 1.0, "license": "other", "interpolation": "bilinear",
+            **({"input_size": (3, size, size), "pool_size": None} if size else {}),
+            **dict.fromkeys(("hf_hub_id", "url", "origin_url", "paper_ids", "paper_name", "test_input_size",
+                             "test_crop_pct", "description"))}
         save_for_hf(plain, str(folder), model_config={"num_classes": 0, "ssl_dist": about}, model_args=self.args or None,
                     safe_serialization=True)
 
@@ -76,9 +78,11 @@ def load(folder: Path) -> Encoder:
 def build(folder: Path) -> Encoder:
     """The architecture of an exported folder with fresh random weights: the baseline of an evaluation."""
     config = _config(folder)
-    cfg = config.get("pretrained_cfg", {})
-    half = (0.5, 0.5, 0.5)
-    return Encoder(config["architecture"], config.get("model_args") or {}, cfg.get("mean", half), cfg.get("std", half))
+    cfg, half = config.get("pretrained_cfg", {}), (0.5, 0.5, 0.5)
+    # timm also writes down the arguments that every network has; Encoder sets those itself.
+    args = {name: value for name, value in (config.get("model_args") or {}).items()
+            if name not in ("num_classes", "in_chans", "global_pool")}
+    return Encoder(config["architecture"], args, cfg.get("mean", half), cfg.get("std", half))
 
 
 def digest(folder: Path) -> str:

@@ -5,7 +5,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -133,8 +133,10 @@ class Run:
 
     @property
     def architecture(self) -> str:
-        names = [self.encoder.get("architecture")] + [e.encoder.get("architecture") for e in self.evaluations]
-        return next((str(name) for name in names if name), "")
+        asked = self.config.get("encoder")
+        names = [self.encoder.get("architecture"), *(one.encoder.get("architecture") for one in self.evaluations)]
+        names.append(asked.get("name") if isinstance(asked, dict) else None)
+        return next((text(name) for name in names if name), "")
 
     @property
     def method(self) -> str:
@@ -158,7 +160,7 @@ def run(folder: Path, now: datetime | None = None) -> Run:
     config_text, config = configuration(folder / "config.yaml", notes)
     rows = metric_rows(folder / "metrics.jsonl", notes)
     if state == "running" and heartbeat is not None:
-        silence = ((now or datetime.now(timezone.utc)) - heartbeat).total_seconds()
+        silence = ((now or datetime.now(UTC)) - heartbeat).total_seconds()
         if silence > STALE_SECONDS:
             notes.append(
                 f"run.json says running, but its last heartbeat is {silence / 60:,.0f} minutes old: the process is "
@@ -261,7 +263,8 @@ def evaluation(file: Path, notes: list[str]) -> Evaluation:
     if confusion and len(classes) != len(confusion):
         classes = [str(index) for index in range(len(confusion))]
     pictures = []
-    for name in found.get("pictures") if isinstance(found.get("pictures"), list) else []:
+    listed = found.get("pictures")
+    for name in listed if isinstance(listed, list) else []:
         picture = file.parent / Path(text(name)).name  # the last part only: a name from disk must not leave eval/
         if picture.is_file():
             pictures.append(picture)
@@ -428,4 +431,4 @@ def moment(value: Any) -> datetime | None:
         found = datetime.fromisoformat(text(value))
     except ValueError:
         return None
-    return found if found.tzinfo else found.replace(tzinfo=timezone.utc)
+    return found if found.tzinfo else found.replace(tzinfo=UTC)

@@ -7,7 +7,7 @@ import math
 import os
 from collections import Counter
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +67,7 @@ def write(runs: list[Path], out: Path) -> Path:
     half = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     try:
         half.write_text(html, encoding="utf-8")
-        os.replace(half, out)
+        half.replace(out)
     finally:
         half.unlink(missing_ok=True)
     return out
@@ -106,7 +106,7 @@ def render(runs: list[collect.Run]) -> str:
         rejected={shards.folder: ranked(shards.rejected) for shards in folders.values()},
         cards={shards.folder: cards(shards) for shards in folders.values()},
         matrix_limit=MATRIX,
-        written=datetime.now(timezone.utc),
+        written=datetime.now(UTC),
         box=chart,
     )
 
@@ -292,7 +292,7 @@ def shown(score: Score, baseline: str = "") -> str:
 
 
 def moment(value: datetime | None) -> str:
-    return "—" if value is None else value.astimezone(timezone.utc).strftime("%Y-%m-%d %H:%M")
+    return "—" if value is None else value.astimezone(UTC).strftime("%Y-%m-%d %H:%M")
 
 
 def duration(seconds: float | None) -> str:

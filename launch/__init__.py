@@ -1,0 +1,1 @@
+"""Command lines for machines. Imports none of ours and never torch."""

@@ -1,0 +1,81 @@
+"""torchrun on this machine: one rank a GPU, or a few on the CPU."""
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+from launch.job import Job
+
+CPU_RANKS = 2       # enough to be distributed, few enough for a laptop
+
+# torchrun answers every failed rank with a page of its own traceback, below which the rank's one line is lost.
+TORCHRUN = """
+import sys
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.run import main
+try:
+    main(sys.argv[1:])
+except ChildFailedError:
+    sys.exit(1)
+"""
+
+
+class PortInUse(RuntimeError):
+    """Somebody listens on the port that was asked for."""
+
+    exit_code = 2
+
+
+def ranks(job: Job) -> int:
+    """How many processes to start."""
+    return job.ranks or gpus() or CPU_RANKS
+
+
+def gpus() -> int:
+    """NVIDIA GPUs this process may use, counted without torch: by the variable that hides them, or by the driver."""
+    if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
+        return len([each for each in visible.split(",") if each.strip() not in ("", "-1")])
+    return len([each for each in Path("/dev").glob("nvidia*") if re.fullmatch(r"nvidia\d+", each.name)])
+
+
+def command(job: Job, arguments: list[str], debug: bool = False) -> list[str]:
+    """The argv that runs `ssl-dist ARGUMENTS` on every rank."""
+    torchrun = ["-m", "torch.distributed.run"] if debug else ["-c", TORCHRUN]
+    # A port of 0 would be free when looked up and perhaps not when used; torchrun itself finds one with --standalone.
+    meet = ["--master-port", str(job.port)] if job.port else ["--standalone"]
+    return [sys.executable, *torchrun, "--nproc-per-node", str(ranks(job)), *meet, "-m", "ssl_dist", *arguments]
+
+
+def run(job: Job, arguments: list[str], run_folder: Path | None) -> int:
+    """Runs the command to its end and returns its exit code: torchrun says 1 for every failure, run.json knows which."""
+    if job.port:
+        _claim(job.port)
+    environment = dict(os.environ)
+    # What a surrounding job left behind would make the ranks meet somewhere else.
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        environment.pop(name, None)
+    cores = len(os.sched_getaffinity(0))
+    environment.setdefault("OMP_NUM_THREADS", str(max(1, cores // ranks(job))))
+    debug = "--debug" in arguments
+    environment.setdefault("LOGLEVEL", "WARNING" if debug else "CRITICAL")      # of torchrun's agent
+    finished = subprocess.run(command(job, arguments, debug), env=environment, check=False)
+    if finished.returncode == 0 or run_folder is None:
+        return finished.returncode
+    try:
+        return int(json.loads((run_folder / "run.json").read_text())["exit_code"] or finished.returncode)
+    except (OSError, ValueError, KeyError, TypeError):
+        return finished.returncode
+
+
+def _claim(port: int) -> None:
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", port))
+        except OSError as error:
+            raise PortInUse(f"port={port} cannot be used ({error.strerror.lower() if error.strerror else error}); choose "
+                            "another, or leave port=0 and a free one is found") from None

@@ -1,0 +1,269 @@
+"""The verbs. Nothing heavy is imported before a verb needs it, so that help and refusals come at once."""
+
+import contextlib
+import functools
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False, rich_markup_mode="rich",
+                  context_settings={"help_option_names": ["-h", "--help"]},
+                  help="Self-supervised pretraining on histology, from whole slides to result tables.")
+
+Config = Annotated[str, typer.Argument(help="A recipe, by path or by name (see `ssl-dist recipes`).")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="key=value …, on top of the recipe.", show_default=False)]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+PrintConfig = Annotated[bool, typer.Option("--print-config", help="Print the resolved tree and stop.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Check all that can fail, and stop.")]
+
+
+def verb(function: Callable[..., int | None]) -> Callable[..., None]:
+    """A command whose errors are one line that says what to do, and whose exit code says what kind they were."""
+
+    @functools.wraps(function)
+    def command(*args: Any, debug: bool = False, **kwargs: Any) -> None:
+        try:
+            code = function(*args, **kwargs) or 0
+        except Exception as error:
+            known = getattr(error, "exit_code", None)
+            if debug or (known is None and not isinstance(error, OSError)):
+                raise
+            # Every rank fails together; rank 0 speaks for all, and each has its own log.
+            if os.environ.get("RANK", "0") == "0":
+                for line in (str(error) or type(error).__name__).splitlines():
+                    print(f"ssl-dist: error: {line}", file=sys.stderr)      # noqa: T201
+            code = 9 if known is None else known
+        sys.exit(code)
+
+    return command
+
+
+def say(*lines: str) -> None:
+    """Prints lines for the person who typed the command."""
+    print(*lines, sep="\n", flush=True)        # noqa: T201
+
+
+@contextlib.contextmanager
+def bars() -> Iterator[Callable[[str, int, int], None]]:
+    """One progress bar a piece of work, drawn on a terminal and left out of a file."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(file=sys.stderr)
+    with Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+                  console=console, disable=not console.is_terminal) as progress:
+        tasks: dict[str, Any] = {}
+
+        def show(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = progress.add_task(what, total=total)
+            progress.update(tasks[what], completed=done, total=total)
+
+        yield show
+
+
+@app.command()
+@verb
+def doctor(as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+           debug: Debug = False) -> int:       # noqa: ARG001
+    """Look at this machine: what is installed, GPU, decoder, network, disk, scheduler, and what to do."""
+    from rich.console import Console
+
+    from ssl_dist import doctor as doctors
+
+    findings = doctors.examine(Path.cwd())
+    if as_json:
+        say(doctors.as_json(findings))
+    else:
+        Console().print(doctors.table(findings))
+    return doctors.exit_code(findings)
+
+
+@app.command()
+@verb
+def recipes(debug: Debug = False) -> None:     # noqa: ARG001
+    """List the recipes that come along, each with its first comment."""
+    from ssl_dist import config
+
+    folder = config.recipes()
+    for path in sorted(folder.rglob("*.yaml")):
+        first = path.read_text().partition("\n")[0]
+        say(f"{path.relative_to(folder).with_suffix('').as_posix():24} {first.lstrip('# ')}")
+
+
+@app.command()
+@verb
+def shard(config: Config, overrides: Overrides = None, print_config: PrintConfig = False, dry_run: DryRun = False,
+          debug: Debug = False) -> None:       # noqa: ARG001
+    """Cut slides or tile folders into a shard folder."""
+    from shards import show, tiles, write
+    from ssl_dist import config as configs
+    from ssl_dist import schema
+
+    settings = configs.load(write.Settings, config, overrides or [])
+    if print_config:
+        return say(schema.dump(settings).rstrip())
+    if dry_run:
+        suffixes = tiles.SLIDES if settings.kind == "slides" else tiles.IMAGES
+        found = tiles.sources(settings.source, suffixes, settings.names)
+        return say(f"{len(found)} {settings.kind} of {len({each.patient for each in found})} patients in {settings.source}")
+    with bars() as progress:
+        done = write.write(settings, progress)
+        if not done.untouched:
+            show.sheets(done.out)
+    left_out = ", ".join(f"{count} {reason}" for reason, count in sorted(done.rejected.items())) or "none"
+    say(f"{done.out}: {done.samples} tiles in {done.tars} tars" + (", complete before" if done.untouched else ""),
+        f"left out: {left_out}")
+    return None
+
+
+@app.command()
+@verb
+def check(folder: Annotated[Path, typer.Argument(help="A shard folder.")], debug: Debug = False) -> int:  # noqa: ARG001
+    """Hold a shard folder against its index: sizes, digests, members, idx."""
+    from shards import check as checks
+
+    with bars() as progress:
+        problems = checks.check(folder, progress)
+    for problem in problems:
+        say(problem)
+    say(f"{folder}: {len(problems)} problems" if problems else f"{folder}: sound")
+    return 3 if problems else 0
+
+
+@app.command()
+@verb
+def show(folder: Annotated[Path, typer.Argument(help="A shard folder.")], debug: Debug = False) -> None:  # noqa: ARG001
+    """Draw contact sheets of a shard folder: look at the data before training on it."""
+    from shards import show as shows
+
+    for path in shows.sheets(folder):
+        say(str(path))
+
+
+@app.command()
+@verb
+def train(config: Config, overrides: Overrides = None, print_config: PrintConfig = False, dry_run: DryRun = False,
+          debug: Debug = False) -> int:        # noqa: ARG001
+    """Train, or go on with, one run: on this process alone, or as one rank of a launched job."""
+    from ssl_dist import config as configs
+    from ssl_dist import schema
+
+    settings = configs.load(configs.Train, config, overrides or [])     # refuses before torch is imported
+    settings = configs.load_train(config, overrides or [])
+    if print_config:
+        say(schema.dump(settings).rstrip())
+        return 0
+    from ssl_dist import train as trainer
+
+    if dry_run:
+        for name, value in trainer.rehearse(settings, int(os.environ.get("WORLD_SIZE", 1))).items():
+            say(f"{name:28} {value}")
+        return 0
+    return trainer.train(settings)
+
+
+@app.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
+@verb
+def launch(where: Annotated[str, typer.Argument(help="local: torchrun on this machine.")],
+           arguments: Annotated[list[str], typer.Argument(help="[ranks=N] [port=N] -- VERB CONFIG key=value …")],
+           debug: Debug = False) -> int:       # noqa: ARG001
+    """Run a verb on several ranks without changing a word of it."""
+    from launch import local
+    from launch.job import Job
+    from shards import folder
+    from ssl_dist import config, schema
+
+    if where != "local":
+        raise schema.ConfigError([f"launch {where!r} is not one of 'local'"])
+    words = [word for word in arguments if word != "--"]
+    first = next((place for place, word in enumerate(words) if "=" not in word), len(words))
+    job, rest = schema.load(Job, None, words[:first]), words[first:]
+    if rest[:1] != ["train"] or len(rest) < 2:
+        raise schema.ConfigError([f"launch runs the verb train, not {' '.join(rest[:1]) or 'nothing'!r}; write: "
+                                  "ssl-dist launch local ranks=2 -- train CONFIG key=value …"])
+    options, overrides = [], []
+    for word in rest[2:]:
+        (options if word.startswith("--") else overrides).append(word)
+    settings = config.load(config.Train, rest[1], overrides)
+    config.rank_batch(settings, local.ranks(job))
+    with folder.hold(settings.run, "run.lock"):
+        pass        # free now: a folder in use is refused here, before the ranks start
+    code = local.run(job, ["train", rest[1], *overrides, *options], settings.run)
+    if code == 1:
+        raise LaunchFailed(f"the ranks ended without a word; their logs are in {settings.run / 'logs'}. "
+                           "Run the same command again to resume, with --debug to see torchrun's own report")
+    return code
+
+
+class LaunchFailed(RuntimeError):
+    """Ranks that ended and left no reason."""
+
+    exit_code = 1
+
+
+@app.command(name="eval")
+@verb
+def evaluate(config: Config, overrides: Overrides = None, print_config: PrintConfig = False,
+             debug: Debug = False) -> None:    # noqa: ARG001
+    """Measure what an exported encoder is worth on labelled shards."""
+    from ssl_dist import config as configs
+    from ssl_dist import schema
+
+    settings = configs.load(configs.Eval, config, overrides or [])
+    if print_config:
+        return say(schema.dump(settings).rstrip())
+    from ssl_dist import dist
+    from ssl_dist.eval import knn
+
+    with bars() as progress:
+        result = knn.run(settings, dist.device(settings.device), settings.threads or len(os.sched_getaffinity(0)), progress)
+    say(f"{settings.protocol}: " + ", ".join(f"{name} {value:.3f}" for name, value in result["metrics"].items()))
+    for name, figures in result["baselines"].items():
+        say(f"{name}: " + ", ".join(f"{key} {value:.3f}" for key, value in figures.items()))
+    return None
+
+
+@app.command()
+@verb
+def export(run: Annotated[Path, typer.Argument(help="A run folder.")], debug: Debug = False) -> None:   # noqa: ARG001
+    """Write the encoder of a run's newest checkpoint as a folder that timm loads."""
+    from ssl_dist import config, schema
+
+    path = run / "config.yaml"
+    if not path.is_file():
+        raise schema.ConfigError([f"{run} has no config.yaml: it is not a run folder, or its run never began"])
+    from ssl_dist import train as trainer
+
+    say(str(trainer.from_checkpoint(config.load_train(str(path), [f"run={run}"]), run)))
+
+
+@app.command()
+@verb
+def report(runs: Annotated[list[Path], typer.Argument(help="One run folder, or several to compare.")],
+           out: Annotated[Path | None, typer.Option(help="The page to write.", show_default="RUN/report.html")] = None,
+           debug: Debug = False) -> None:      # noqa: ARG001
+    """Write report.html: curves, pictures, figures, one file that can be mailed."""
+    from ssl_dist.report import page
+
+    say(str(page.write(runs, out or runs[0] / "report.html")))
+
+
+@app.command()
+@verb
+def demo(folder: Annotated[Path, typer.Argument(help="Where everything goes.")] = Path("demo"),
+         seed: Annotated[int, typer.Option(help="Of slides, training and baseline.")] = 0,
+         debug: Debug = False) -> int:         # noqa: ARG001
+    """The whole line in a few minutes: painted slides, shards, training on two ranks, evaluation, report."""
+    from ssl_dist import demo as demos
+
+    return demos.demo(folder, seed)
+
+
+def main() -> None:
+    """The console script."""
+    app()

@@ -1,0 +1,84 @@
+"""The whole line on painted slides: every stage is a command that a user could type, and is printed before it runs."""
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+from shards import synthetic
+
+PATIENTS, TEST_PATIENTS = 16, 4
+SLIDE = 4096            # pixels of half a micron: two millimetres
+PAUSE = 100             # the step after which training is stopped once, to show that it goes on
+
+
+class DemoFailed(RuntimeError):
+    """A stage of the demo that ended with an error; its own line stands above."""
+
+    def __init__(self, stage: str, exit_code: int):
+        super().__init__(f"the demo ended at: {stage}; mend what the line above says and call it again, it goes on there")
+        self.exit_code = exit_code
+
+
+def demo(folder: Path, seed: int) -> int:
+    """Runs what is missing, and prints figures and places; a second call only prints them."""
+    console, started = Console(), time.monotonic()
+    slides, shards, run = folder / "slides", folder / "shards", folder / "run"
+    _paint(slides, seed, console)
+    training = ["launch", "local", "--", "train", "demo", f"run={run}", f"data.shards=[{shards}]", f"seed={seed}"]
+    _stage(console, "cut the slides into shards", ["shard", "shards/demo", f"source={slides}", f"out={shards}"])
+    _stage(console, "hold the shards against their index", ["check", str(shards)])
+    if not (run / "checkpoints").exists():
+        _stage(console, f"train SimCLR, and stop after step {PAUSE}", [*training, f"stop={PAUSE}"])
+    _stage(console, "resume, and train to the end", training)
+    if not _evaluated(run):
+        _stage(console, "is the encoder worth more than a random one?",
+               ["eval", "eval/knn", f"encoder={run / 'encoder'}", f"data.shards=[{shards}]", f"seed={seed}"])
+    _stage(console, "write the report", ["report", str(run)])
+    _summary(console, folder, run, time.monotonic() - started)
+    return 0
+
+
+def _paint(slides: Path, seed: int, console: Console) -> None:
+    console.rule("[bold]paint slides", align="left")
+    bar = Progress(TextColumn("painting slides"), BarColumn(), MofNCompleteColumn(), console=console,
+                   disable=not console.is_terminal)
+    with bar:
+        task = bar.add_task("painting slides", total=PATIENTS)
+        synthetic.write_cohort(slides, patients=PATIENTS, test_patients=TEST_PATIENTS, size=SLIDE, mpp=0.5, seed=seed,
+                               workers=len(os.sched_getaffinity(0)),
+                               progress=lambda done, total: bar.update(task, completed=done, total=total))
+    console.print(f"{slides}: {PATIENTS} slides of {PATIENTS} patients, {TEST_PATIENTS} of them for testing")
+
+
+def _stage(console: Console, title: str, words: list[str]) -> None:
+    console.rule(f"[bold]{title}", align="left")
+    console.print(f"$ ssl-dist {shlex.join(words)}", style="dim", markup=False, highlight=False, soft_wrap=True)
+    if code := subprocess.run([sys.executable, "-m", "ssl_dist", *words], check=False).returncode:
+        raise DemoFailed(title, code)
+
+
+def _evaluated(run: Path) -> bool:
+    result, weights = run / "eval" / "knn.json", run / "encoder" / "model.safetensors"
+    return result.exists() and weights.exists() and result.stat().st_mtime >= weights.stat().st_mtime
+
+
+def _summary(console: Console, folder: Path, run: Path, seconds: float) -> None:
+    knn = json.loads((run / "eval" / "knn.json").read_text())
+    last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+    own, random = knn["metrics"]["accuracy"], knn["baselines"]["random"]["accuracy"]
+    console.rule("[bold]done", align="left")
+    for name, value in {
+        "kNN accuracy, new patients": f"{own:.1%}   (random initialisation: {random:.1%}, {100 * (own - random):+.1f} points)",
+        "training": f"{last['samples']} tiles in {last['step']} steps, {last['images_per_second']:.0f} tiles a second",
+        "this call took": f"{seconds:.0f} s",
+        "slides": folder / "slides", "shards": folder / "shards", "run": run, "encoder": run / "encoder",
+        "report": (run / "report.html").absolute(), "curves": f"tensorboard --logdir {run / 'tb'}",
+    }.items():
+        console.print(f"{name:28} {value}", highlight=False, soft_wrap=True)

@@ -1,0 +1,61 @@
+"""A frozen encoder over a labelled split: one vector a tile.
+
+S tiles of the split   D width of a vector
+"""
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from shards.index import NO_LABEL, ShardError
+from ssl_dist.data import dali, opencv
+from ssl_dist.data.reader import Reader
+from ssl_dist.models.encoder import Encoder
+
+
+@dataclass
+class Split:
+    """The labelled tiles of one split."""
+
+    reader: Reader
+    rows: np.ndarray                # of the catalogue
+    labels_S: Tensor                # positions in `classes`
+    classes: list[str]
+    patients: list[str]             # one a tile
+
+
+def labelled(shards: list[Path], split: str) -> Split:
+    """The tiles of a split that carry a label."""
+    reader = Reader(shards, split)
+    rows = reader.all_rows()
+    labels = np.array(reader.column("label", rows))
+    classes = [tuple(found.datasets[0]["classes"]) for found in reader.indexes]
+    if len(set(classes)) > 1:
+        raise ShardError(f"the shard folders name different classes ({classes}); evaluate them apart")
+    known = labels != NO_LABEL
+    if not known.any():
+        raise ShardError(f"no tile of split {split!r} in {', '.join(map(str, shards))} has a label; shard with labels")
+    rows = rows[known]
+    return Split(reader, rows, torch.from_numpy(labels[known]).long(), list(classes[0]), reader.column("patient", rows))
+
+
+@torch.inference_mode()
+def extract(encoder: Encoder, split: Split, *, size: int, batch: int, threads: int, device: torch.device,
+            progress: Callable[[int, int], None]) -> Tensor:
+    """Features (S, D) of every tile of the split, in its order, on the CPU."""
+    encoder = encoder.eval().to(device)
+    opencv.one_thread()
+    decoder = dali.Decoder(batch, threads)
+    features = []
+    with ThreadPoolExecutor(threads) as pool:
+        for first in range(0, len(split.rows), batch):
+            images = decoder(split.reader.read(split.rows[first:first + batch]))
+            pixels = torch.from_numpy(opencv.resized(images, size, pool)).to(device)
+            features.append(encoder(pixels).float().cpu())
+            progress(min(first + batch, len(split.rows)), len(split.rows))
+    return torch.cat(features)

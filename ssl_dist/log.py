@@ -1,0 +1,86 @@
+"""What a run shows while it goes: metrics.jsonl, TensorBoard, a bar, and the clock behind their figures."""
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import IO, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch.utils.tensorboard import SummaryWriter
+
+from ssl_dist import dist
+
+
+class Clock:
+    """How long a step waits for its data, and how long it takes."""
+
+    def __init__(self) -> None:
+        self.started = self._mark = time.perf_counter()
+        self._waited = 0.0
+        self._steps = 0
+
+    def waits(self, since: float) -> None:
+        """The wait for a batch that began at `since` is over."""
+        self._waited += time.perf_counter() - since
+        self._steps += 1
+
+    def read(self, batch: int) -> dict[str, float]:
+        """Figures since the last reading; a new reading begins."""
+        elapsed = max(time.perf_counter() - self._mark, 1e-9)
+        figures = {"images_per_second": self._steps * batch / elapsed, "data_wait": self._waited / elapsed,
+                   "time": time.perf_counter() - self.started}
+        self._mark, self._waited, self._steps = time.perf_counter(), 0.0, 0
+        return figures
+
+
+class Log:
+    """Rank 0's record of a run; on other ranks every call does nothing."""
+
+    def __init__(self, run: Path, steps: int, start: int):
+        self._bar = self._jsonl = self._board = None        # type: ignore[var-annotated]
+        if dist.rank():
+            return
+        self._jsonl: IO[str] = (run / "metrics.jsonl").open("a", buffering=1)
+        # What a killed attempt wrote beyond its last checkpoint is drawn no more.
+        self._board = SummaryWriter(str(run / "tb"), purge_step=start + 1 if start else None)
+        console = Console(file=sys.stderr)
+        self._console, self._steps = console, steps
+        self._bar = Progress(TextColumn("[bold]train"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+                             TextColumn("{task.fields[figures]}"), console=console, disable=not console.is_terminal)
+        self._task = self._bar.add_task("train", total=steps, completed=start, figures="")
+        self._bar.start()
+
+    def advance(self, step: int) -> None:
+        """Moves the bar."""
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step)
+
+    def write(self, step: int, row: dict[str, Any]) -> None:
+        """One line of metrics, with its step inside."""
+        if self._jsonl is None or self._board is None or self._bar is None:
+            return
+        self._jsonl.write(json.dumps({"step": step, **{name: _short(value) for name, value in row.items()}}) + "\n")
+        for name, value in row.items():
+            self._board.add_scalar(name, value, step)
+        figures = f"loss {row['loss']:.3f}  {row['images_per_second']:.0f} images/s  waiting {row['data_wait']:.0%}"
+        self._bar.update(self._task, figures=figures)
+        if not self._console.is_terminal:       # a file or a SLURM log: one plain line now and then
+            self._console.print(f"step {step}/{self._steps}  {figures}", highlight=False)
+
+    def picture(self, name: str, pixels_HW3: Any, step: int) -> None:
+        """A picture for TensorBoard."""
+        if self._board is not None:
+            self._board.add_image(name, pixels_HW3, step, dataformats="HWC")
+
+    def close(self) -> None:
+        """Writes out what is buffered."""
+        if self._jsonl is not None and self._board is not None and self._bar is not None:
+            self._bar.stop()
+            self._board.close()
+            self._jsonl.close()
+
+
+def _short(value: Any) -> Any:
+    return float(f"{value:.7g}") if isinstance(value, float) else value

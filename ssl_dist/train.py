@@ -1,0 +1,325 @@
+"""Build everything, then the loop. The only file that knows everyone."""
+
+import contextlib
+import io
+import json
+import logging
+import math
+import os
+import shutil
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from shards import folder
+from ssl_dist import checkpoint, config, dist, export, methods, optim, schedule, schema
+from ssl_dist import run as runs
+from ssl_dist.config import ConfigError, Train
+from ssl_dist.data.batch import Batch
+from ssl_dist.data.loader import Loader
+from ssl_dist.data.reader import Reader
+from ssl_dist.data.stream import Stream
+from ssl_dist.engine import Engine
+from ssl_dist.log import Clock, Log
+from ssl_dist.methods.base import Method
+from ssl_dist.models.batchnorm import synchronise
+from ssl_dist.models.encoder import Encoder
+
+logger = logging.getLogger("ssl_dist.train")
+
+PREEMPTED = 4
+
+
+class NotFinite(ArithmeticError):
+    """A loss or a gradient that is not a number."""
+
+    exit_code = 8
+
+
+class PeerDied(RuntimeError):
+    """Another rank is gone."""
+
+    exit_code = 7
+
+
+def train(settings: Train) -> int:
+    """Runs, or goes on with, the run that `settings` describe; returns the exit code."""
+    device = dist.device(settings.device)
+    dist.start(device)
+    path = Path(settings.run)
+    with contextlib.ExitStack() as stack:
+        stack.callback(dist.stop)
+        dist.once(lambda: stack.enter_context(folder.hold(path, "run.lock")) and None)
+        if dist.once(lambda: _done(path, settings)):
+            logger.info("%s is done already", path)
+            return 0
+        dist.once(lambda: _forget(path))
+        runs.log_to(path)
+        run = runs.Run(path, settings.steps, device)
+        try:
+            return _train(settings, path, run, device)
+        except BaseException as error:
+            failure = _cause(error, path)
+            run.ends("failed", getattr(failure, "exit_code", 1), f"{type(failure).__name__}: {failure}")
+            raise failure from error
+
+
+def _train(settings: Train, path: Path, run: runs.Run, device: torch.device) -> int:
+    threads = max(1, len(os.sched_getaffinity(0)) // dist.local_world())
+    torch.set_num_threads(threads)
+    reader = Reader(settings.data.shards, settings.data.split)
+    stream = Stream(reader.counts, seed=settings.seed, window=settings.data.window, batch=settings.data.batch)
+    method = build(settings).to(device)
+    engine = Engine(method, optim.build(method, settings.optim), config.deepspeed(settings, dist.world()), device)
+    method.to(memory_format=torch.channels_last)        # not before: DeepSpeed's broadcast wants contiguous weights
+    identity = _identity(settings, reader)
+    start = _resume(path, engine, identity)
+    run.starts_at(start)
+    if dist.rank() == 0:
+        folder.write(path / "config.yaml", schema.dump(settings))
+        folder.write_json(path / "env.json", runs.environment())
+    loader = Loader(reader, stream, method.views, rank=dist.rank(), world=dist.world(), device=device,
+                    threads=settings.data.threads or threads, ahead=settings.data.ahead)
+    log = Log(path, settings.steps, start)
+    ledger = _Ledger(path, reader) if settings.debug.ledger else None
+    last = min(settings.steps, settings.stop or settings.steps)
+    if dist.rank() == 0 and start == 0 and settings.log.pictures:
+        _draw_views(loader, settings.log.pictures, path, log)
+
+    def save(step: int) -> None:
+        checkpoint.save(path / "checkpoints", step, engine, {"identity": identity}, settings.checkpoint.keep)
+        logger.info("saved step %d", step)
+
+    step, saved, clock = start, start, Clock()
+    try:
+        with _asked_to_stop() as asked:
+            for batch in _timed(loader.batches(start, last), clock):
+                progress = step / settings.steps
+                lr = schedule.warmup_cosine(progress, settings.optim.lr, settings.optim.final_lr, settings.optim.warmup)
+                engine.set_lr(lr)
+                torch.manual_seed(hash((settings.seed, step, dist.rank())))     # for dropout: no state to save
+                scalars = engine(batch.to(device), progress)
+                stopping = _agree(scalars["loss"], bool(asked), device, step)
+                engine.backward(scalars["loss"])
+                norm = _finite(engine.gradient_norm(), step)
+                engine.step()
+                method.after_step(progress)
+                if ledger:
+                    ledger.write(step, batch)
+                step += 1
+                log.advance(step)
+                if step % settings.log.every == 0 or step == last:
+                    row = dist.mean({name: float(value.detach()) for name, value in scalars.items()}, device)
+                    log.write(step, {"samples": step * settings.data.batch, "epoch": stream.epoch(step - 1), "lr": lr,
+                                     "grad_norm": norm, **row, **clock.read(settings.data.batch)})
+                    run.alive(step)
+                if step % settings.checkpoint.every == 0 or step == last or stopping:
+                    save(step)
+                    saved = step
+                if stopping and step < last:
+                    run.alive(saved)
+                    run.ends("preempted", PREEMPTED)
+                    return PREEMPTED
+    finally:
+        log.close()
+        loader.close()
+    if step == settings.steps and dist.rank() == 0:
+        export.export(_encoder(method), settings, reader, step, path / "encoder")
+    dist.barrier()
+    run.alive(step)
+    run.ends("done" if step == settings.steps else "stopped", 0)
+    return 0
+
+
+def build(settings: Train) -> Method:
+    """The method with its encoder, on every rank the same weights."""
+    torch.manual_seed(settings.seed)
+    encoder = Encoder(settings.encoder.name, settings.encoder.args, settings.encoder.mean, settings.encoder.std)
+    method = methods.load(settings.method["name"]).Method(config.method_config(settings), encoder)
+    return synchronise(method) if settings.encoder.batchnorm == "synchronised" else method
+
+
+def from_checkpoint(settings: Train, path: Path) -> Path:
+    """Exports the encoder of the newest sound checkpoint of a run folder."""
+    newest = checkpoint.newest(path / "checkpoints")
+    if newest is None:
+        raise ConfigError([f"{path} has no complete checkpoint to export; train it first"])
+    method = build(settings)
+    method.load_state_dict(checkpoint.weights(newest))
+    return export.export(_encoder(method), settings, Reader(settings.data.shards, settings.data.split),
+                         checkpoint.state(newest)["step"], path / "encoder")
+
+
+def rehearse(settings: Train, world: int) -> dict[str, Any]:
+    """Everything that can fail before a machine is booked; what the run would be."""
+    share = config.rank_batch(settings, world)
+    reader = Reader(settings.data.shards, settings.data.split)
+    stream = Stream(reader.counts, seed=settings.seed, window=settings.data.window, batch=settings.data.batch)
+    with torch.device("meta"):
+        method = build(settings)
+    weights = sum(parameter.numel() for parameter in method.parameters())
+    path = Path(settings.run)
+    home = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
+    with folder.storage(path):
+        if not os.access(home, os.W_OK):
+            raise PermissionError(13, "not writable", str(home))
+    need = 4 * weights * 3 * (settings.checkpoint.keep + 1)       # weights and two moments, fp32, and one in the making
+    if need > (free := shutil.disk_usage(home).free):
+        raise folder.StorageError(28, f"{path}: checkpoints may take {need / 1e9:.1f} GB, {free / 1e9:.1f} GB are free")
+    return {"tiles": stream.samples, "steps an epoch": stream.steps_an_epoch,
+            "left out of an epoch": stream.samples % settings.data.batch,
+            "epochs": round(settings.steps / stream.steps_an_epoch, 2), "tiles a rank and step": share,
+            "parameters": weights, "disk for checkpoints, GB": round(need / 1e9, 2)}
+
+
+def _done(path: Path, settings: Train) -> bool:
+    if not (path / "run.json").is_file() or not (path / "encoder" / "config.json").is_file():
+        return False
+    state = json.loads((path / "run.json").read_text())
+    return state["state"] == "done" and state["steps"] == settings.steps
+
+
+def _forget(path: Path) -> None:
+    """Drops the last words of an earlier attempt, so that nobody takes them for ours."""
+    for words in path.glob("logs/rank-*.exit.json"):
+        words.unlink()
+
+
+def _encoder(method: Method) -> Encoder:
+    if not isinstance(method.encoder, Encoder):
+        raise TypeError(f"{type(method).__module__} holds an encoder of type {type(method.encoder).__name__}")
+    return method.encoder
+
+
+def _resume(path: Path, engine: Engine, identity: dict[str, Any]) -> int:
+    """Loads the newest sound checkpoint, if there is one; returns the step to go on with."""
+    found = dist.once(lambda: checkpoint.newest(path / "checkpoints"))
+    if found is None:
+        return 0
+    state = checkpoint.state(found)
+    if changed := _differences(state["identity"], identity):
+        raise ConfigError([f"{path} was begun with other settings: {change}; put it back, or choose another run folder"
+                           for change in changed])
+    checkpoint.load(found, engine)
+    logger.info("resumed from %s", found)
+    return state["step"]
+
+
+def _identity(settings: Train, reader: Reader) -> dict[str, Any]:
+    """All that decides the weights: a run that resumes under another identity would be neither of the two."""
+    data = {name: getattr(settings.data, name) for name in ("split", "batch", "window")}
+    tree = json.loads(json.dumps({name: schema.plain(getattr(settings, name)) for name in
+                                  ("seed", "steps", "precision", "encoder", "optim", "method")}))
+    return {**tree, "data": data, "shards": [found.fingerprint for found in reader.indexes]}
+
+
+def _differences(before: Any, after: Any, prefix: str = "") -> Iterator[str] | list[str]:
+    if isinstance(before, dict) and isinstance(after, dict):
+        return [change for key in sorted(before.keys() | after.keys())
+                for change in _differences(before.get(key), after.get(key), f"{prefix}.{key}" if prefix else key)]
+    return [] if before == after else [f"{prefix} was {before}, now {after}"]
+
+
+def _timed(batches: Iterator[Batch], clock: Clock) -> Iterator[Batch]:
+    """The batches, with every wait for one on the clock."""
+    while True:
+        since = time.perf_counter()
+        batch = next(batches, None)
+        if batch is None:
+            return
+        clock.waits(since)
+        yield batch
+
+
+def _agree(loss: torch.Tensor, asked: bool, device: torch.device, step: int) -> bool:
+    """Whether any rank was asked to stop; and that every rank's loss is a number, before anything learns from it."""
+    bad, stopping, worst = dist.largest([float(not math.isfinite(float(loss.detach()))), float(asked),
+                                         (dist.rank() + 1.0) * (not math.isfinite(float(loss.detach())))], device)
+    if bad:
+        raise NotFinite(f"the loss of step {step} is not finite on rank {int(worst) - 1}; nothing of this step was kept. "
+                        "Try a smaller optim.lr, a longer optim.warmup, or optim.clip=1")
+    return bool(stopping)
+
+
+def _finite(norm: float, step: int) -> float:
+    if not math.isfinite(norm):
+        raise NotFinite(f"the gradient of step {step} is not finite; nothing of this step was kept. "
+                        "Try a smaller optim.lr, a longer optim.warmup, or optim.clip=1")
+    return norm
+
+
+@contextlib.contextmanager
+def _asked_to_stop() -> Iterator[list[int]]:
+    """Collects polite requests to end (SLURM's USR2, torchrun's TERM, Ctrl-C); a second Ctrl-C is taken at its word."""
+    asked: list[int] = []
+
+    def note(number: int, _: Any) -> None:
+        if number == signal.SIGINT and number in asked:
+            raise KeyboardInterrupt
+        asked.append(number)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _cause(error: BaseException, path: Path) -> BaseException:
+    """The failure to report: our own, or, where a peer's death broke a collective, the peer's."""
+    mine = path / "logs" / f"rank-{dist.rank():05d}.exit.json"
+    lost = isinstance(error, RuntimeError) and any(word in str(error).lower() for word in
+                                                   ("connection closed", "connection reset", "connection refused",
+                                                    "broken pipe", "remote process exited", "socket"))
+    logger.error("ended by %s", error, exc_info=error)
+    if not lost:
+        with contextlib.suppress(OSError):
+            folder.write_json(mine, {"exit_code": getattr(error, "exit_code", 1), "error": str(error)})
+        return error
+    for _ in range(20):         # the peer writes its reason before it goes; give it two seconds
+        for other in sorted(path.glob("logs/rank-*.exit.json")):
+            reason = json.loads(other.read_text())
+            failure = PeerDied(f"rank {int(other.name[5:10])} ended: {reason['error']}")
+            failure.exit_code = reason["exit_code"] if reason["exit_code"] != 1 else PeerDied.exit_code
+            return failure
+        time.sleep(0.1)
+    return PeerDied(f"another rank is gone without a word ({str(error).splitlines()[0]}); its log is in {path / 'logs'}. "
+                    "Run the same command again to resume from the last checkpoint")
+
+
+class _Ledger:
+    """Every sample this rank saw, a line each: what proves that a resumed run missed nothing."""
+
+    def __init__(self, path: Path, reader: Reader):
+        self._reader = reader
+        self._file = folder.make(path / "ledger") / f"rank-{dist.rank():05d}.jsonl"
+
+    def write(self, step: int, batch: Batch) -> None:
+        """The samples of one step."""
+        keys = self._reader.column("key", batch.rows)
+        with self._file.open("a") as handle:
+            handle.writelines(json.dumps({"step": step, "position": position, "key": key}) + "\n"
+                              for position, key in zip(batch.positions.tolist(), keys, strict=True))
+
+
+def _draw_views(loader: Loader, count: int, path: Path, log: Log) -> None:
+    """A picture of what the encoder will see: a tile a row, first whole, then its views."""
+    batch = loader.make(0)
+    side, gap = 96, 6
+    count = min(count, len(batch.rows))
+    sheet = Image.new("RGB", ((len(batch.views) + 1) * (side + gap) + gap, count * (side + gap) + gap), (255, 255, 255))
+    for line, encoded in enumerate(loader.reader.read(batch.rows[:count])):
+        whole = Image.open(io.BytesIO(encoded.tobytes())).convert("RGB")
+        for column, picture in enumerate([whole, *(Image.fromarray(view[line].cpu().numpy()) for view in batch.views)]):
+            sheet.paste(picture.resize((side, side)), (gap + column * (side + gap), gap + line * (side + gap)))
+    buffer = io.BytesIO()
+    sheet.save(buffer, "PNG")
+    folder.write(folder.make(path / "pictures") / "views.png", buffer.getvalue())
+    log.picture("views", np.asarray(sheet), 0)
