@@ -51,7 +51,7 @@ def command(job: Job, arguments: list[str], debug: bool = False) -> list[str]:
 
 
 def run(job: Job, arguments: list[str], run_folder: Path | None) -> int:
-    """Runs the command to its end and returns its exit code: torchrun says 1 for every failure, run.json knows which."""
+    """Runs the command to its end. torchrun says 1 for every failure; run.json knows which exit code it was."""
     if job.port:
         _claim(job.port)
     environment = dict(os.environ)
@@ -77,5 +77,5 @@ def _claim(port: int) -> None:
         try:
             probe.bind(("", port))
         except OSError as error:
-            raise PortInUse(f"port={port} cannot be used ({error.strerror.lower() if error.strerror else error}); choose "
-                            "another, or leave port=0 and a free one is found") from None
+            raise PortInUse(f"port={port} cannot be used ({error.strerror}); choose another, or leave port=0 and "
+                            "a free one is found") from None

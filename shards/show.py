@@ -18,7 +18,7 @@ REJECTED = (200, 60, 50)
 
 def overlay(slide_path: Path, slide_mpp: float | None, kept: list[tuple[int, int]],
             rejected: list[tuple[int, int, str]], size: int, mpp: float, out: Path) -> None:
-    """The slide with the outline of its tissue, the tiles kept in green, and those rejected for more than glass in red."""
+    """The slide, the outline of its tissue, the tiles kept (green) and those rejected for more than glass (red)."""
     with Slide(slide_path, slide_mpp) as slide:
         picture_mpp = max(slide.width * slide.mpp / OVERLAY_WIDTH, slide.mpp)
         picture = Image.fromarray(slide.thumbnail(picture_mpp))
@@ -32,7 +32,10 @@ def overlay(slide_path: Path, slide_mpp: float | None, kept: list[tuple[int, int
     draw = ImageDraw.Draw(picture)
     boxes = [(x, y, KEPT) for x, y in kept] + [(x, y, REJECTED) for x, y, why in rejected if why != "background"]
     for x, y, colour in boxes:
-        draw.rectangle((x * scale + 1, y * scale + 1, (x + side) * scale - 1, (y + side) * scale - 1), outline=colour)
+        left, top = x * scale + 1, y * scale + 1
+        # A tile of a large slide may be narrower here than its two outlines: then it is a dot.
+        right, bottom = max(left, (x + side) * scale - 1), max(top, (y + side) * scale - 1)
+        draw.rectangle((left, top, right, bottom), outline=colour)
     _save(picture, out)
 
 

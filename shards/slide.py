@@ -24,10 +24,10 @@ class Slide:
     def __init__(self, path: Path, mpp: float | None = None):
         """`mpp` overrides what the header says, in microns per level-0 pixel."""
         self.path = path
+        if not path.exists():       # OpenSlide has one word for what is missing and what it does not know
+            raise SlideError(f"no slide at {path} (looked in {Path.cwd()}); correct the name, or mount its disk")
         try:
             self._handle = openslide.OpenSlide(str(path))
-        except FileNotFoundError:
-            raise SlideError(f"no slide at {path}") from None
         except openslide.OpenSlideError as error:
             reason = str(error) or "not a format OpenSlide knows"
             raise SlideError(f"{path} cannot be opened as a slide ({reason}): it is damaged or no slide; "
@@ -64,9 +64,9 @@ class Slide:
         # 1 % of slack, because vendors round the factor between levels.
         level = self._handle.get_best_level_for_downsample(scale * 1.01)
         downsample = self._handle.level_downsamples[level]
-        source = tuple(max(1, round(side * scale / downsample)) for side in size)
+        width, height = (max(1, round(side * scale / downsample)) for side in size)
         try:
-            rgba = self._handle.read_region((x, y), level, source)
+            rgba = self._handle.read_region((x, y), level, (width, height))
         except openslide.OpenSlideError as error:
             raise SlideError(f"{self.path} is damaged near ({x}, {y}): {error}") from None
         flat = Image.new("RGB", rgba.size, (255, 255, 255))

@@ -404,7 +404,7 @@ def _tissue(name: str, seed: int, patient: int, brush: Brush) -> Patch:
 
 @dataclass
 class Painting:
-    """A slide in memory: RGB pixels (rows, columns, 3), microns per pixel, and (class, outline in pixels) of regions."""
+    """A slide in memory: RGB pixels (rows, columns, 3), microns per pixel, (class, outline in pixels) of regions."""
 
     pixels: Array
     mpp: float
@@ -412,7 +412,7 @@ class Painting:
 
 
 def _layout(b: Brush, first: int) -> tuple[Array, list[str]]:
-    """An irregular piece of tissue in bent Voronoi regions: each cell's region (-1 is glass), each region's class."""
+    """An irregular piece of tissue in bent Voronoi regions: region of each cell (-1: glass), class of each region."""
     y, x = np.mgrid[-1 : 1 : b.shape[0] * 1j, -1 : 1 : b.shape[1] * 1j].astype(np.float32)
     extent = max(b.shape) / b.um
     blob = 1 - np.hypot(x, y) + 0.15 * b.noise(extent / 4) + 0.012 * b.noise(56)
@@ -451,7 +451,7 @@ def _outlines(mask: Array) -> Iterator[Array]:
                 del ends[walk[-1]]
             walk.append(following)
         a, b = np.array(walk[:-1], float), np.array(walk[1:], float)
-        # holes come out negative; and specks under 40 micrometres squared nobody annotates
+        # holes come out negative; and specks under 40 by 40 micrometres nobody annotates
         if (a[:, 0] * b[:, 1] - b[:, 0] * a[:, 1]).sum() / 2 >= 25:
             yield (a + b) / 2
 
@@ -617,12 +617,12 @@ def _cut_tiles(job: tuple[int, int, int], folder: Path, size: int, seed: int) ->
         _stick(h, e, nuclei)
     stain = stain_of(seed, patient, 0)
     both = _expose(rng, h, e, stain.blur * um)
-    jitters = np.exp(rng.normal(0, 0.06, (16, 2, 1)))
-    tables = [_table(replace(stain, vectors=stain.vectors * jitter)) for jitter in jitters]
+    jitters = np.exp(rng.normal(0, 0.06, (8, 2, 1)))
+    canvases = [_develop(both, _table(replace(stain, vectors=stain.vectors * jitter))) for jitter in jitters]
     corners = rng.choice((side - size) ** 2, stop - start, replace=False)
-    turns, colours = rng.integers(0, 8, len(corners)), rng.integers(0, len(tables), len(corners))
+    turns, colours = rng.integers(0, 8, len(corners)), rng.integers(0, len(canvases), len(corners))
     for index, corner, turn, colour in zip(range(start, stop), corners, turns, colours, strict=True):
         y, x = divmod(int(corner), side - size)
-        cut = np.rot90(both[y : y + size, x : x + size], turn)[:, :: 1 if turn < 4 else -1]
-        tile = Image.fromarray(_develop(np.ascontiguousarray(cut), tables[colour]))
+        cut = np.rot90(canvases[colour][y : y + size, x : x + size], turn)[:, :: 1 if turn < 4 else -1]
+        tile = Image.fromarray(np.ascontiguousarray(cut))
         tile.save(folder / name / f"P{patient:02d}_{index:06d}.jpg", quality=QUALITY)

@@ -1,9 +1,12 @@
 """Corners of a slide, or image files -> encoded tiles and what is known of each."""
 
+import contextlib
 import csv
 import hashlib
 import io
 import json
+import math
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -36,7 +39,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Tile:
-    """One accepted tile: x, y in level-0 pixels, size in pixels, mpp in microns per pixel of the tile (NaN: unknown)."""
+    """One accepted tile: x, y in level-0 pixels, size in pixels, mpp in microns per pixel (NaN: unknown)."""
 
     key: str
     source: Source
@@ -46,8 +49,8 @@ class Tile:
     size: tuple[int, int]
     label: str                      # "" where unlabelled
     image: bytes
-    encoding: str                   # how the bytes came about: "jpeg-90-4:4:4", or "source" where they are untouched
-    digest: bytes                   # 128 bits: of the source's bytes where untouched, else of the pixels before encoding
+    encoding: str                   # how the bytes came about: "jpeg-90-4:4:4", or "source" where untouched
+    digest: bytes                   # 128 bits of the source's bytes where untouched, else of the pixels before encoding
 
 
 @dataclass(frozen=True)
@@ -86,32 +89,51 @@ def sources(folder: Path, suffixes: tuple[str, ...], names: str) -> list[Source]
         raise ShardError(f"no source folder at {folder} (looked in {Path.cwd()}); set source= to the folder that holds "
                          "the slides or the tile images")
     table = _table(folder / "slides.csv")
-    found = []
+    found, described = [], False
     for path in sorted(folder.rglob("*")):
         if path.suffix.lower() not in suffixes or not path.is_file():
             continue
         relative = path.relative_to(folder).as_posix()
+        if not relative.isascii() and relative.encode(errors="replace") != relative.encode(errors="surrogateescape"):
+            raise ShardError(f"the name of {os.fsencode(path)!r} is not UTF-8; rename it, or move it out of the source "
+                             "folder")
         match = re.search(names, relative) if names else None
         if names and match is None:
             raise ShardError(f"names={names!r} does not match {relative!r}; correct the expression, or move the file "
                              "out of the source folder")
         known = {name: word for name, word in (match.groupdict() if match else {}).items() if word is not None}
-        known.update(table.get(path.stem, {}))
+        # By the file's name, or, where many files are tiles of one slide, by the slide that names= found.
+        row = table.get(path.stem) or table.get(known.get("slide", ""), {})
+        described |= bool(row)
+        known.update(row)
         slide = known.get("slide", path.stem)
         found.append(Source(path=path, slide=slide, patient=known.get("patient", slide), split=known.get("split", ""),
-                            label=known.get("label", ""), mpp=float(known["mpp"]) if known.get("mpp") else None))
+                            label=known.get("label", ""), mpp=_microns(known["mpp"], path) if "mpp" in known else None))
     if not found:
         raise ShardError(f"nothing to shard below {folder}: no file ends in {', '.join(suffixes)}")
+    if table and not described:
+        raise ShardError(f"no row of {folder / 'slides.csv'} belongs to a file: its column 'slide' says "
+                         f"{next(iter(table))!r}, the first slide is {found[0].slide!r}; write names without suffixes")
     return found
+
+
+def _microns(word: str, path: Path) -> float:
+    with contextlib.suppress(ValueError):
+        if 0 < (value := float(word)) < math.inf:
+            return value
+    raise ShardError(f"mpp={word!r} of {path} is not a number of microns per pixel; correct it in slides.csv or names=")
 
 
 def _table(path: Path) -> dict[str, dict[str, str]]:
     if not path.is_file():
         return {}
-    with path.open(newline="") as handle:
-        rows = list(csv.DictReader(handle))
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as handle:      # spreadsheets put a mark before the first word
+            rows = list(csv.DictReader(handle))
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ShardError(f"{path} is not a table in UTF-8 ({error}); export it again as CSV UTF-8") from None
     if rows and "slide" not in rows[0]:
-        raise ShardError(f"{path} has no column 'slide' (it has {', '.join(rows[0])}); name one after the slides' files")
+        raise ShardError(f"{path} has no column 'slide' (it has {', '.join(rows[0])}); add one")
     return {row["slide"]: {name: word for name, word in row.items() if word and name} for row in rows}
 
 
@@ -154,15 +176,27 @@ def of_file(source: Source, *, mpp: float, encode: Jpeg) -> Tile | Rejected:
     try:
         content = source.path.read_bytes()
         with Image.open(io.BytesIO(content)) as image:
+            if image.mode.startswith(("I", "F")):
+                return Rejected(source, f"not an image of 8 bits a channel: its mode is {image.mode}")
             untouched = image.format == "JPEG" and image.mode == "RGB"
-            pixels = np.asarray(image.convert("RGB"))       # decodes: what cannot be decoded must not reach a tar
+            pixels = np.asarray(_opaque(image))             # decodes: what cannot be decoded must not reach a tar
+        encoded = content if untouched else encode(pixels)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         return Rejected(source, f"not a readable image: {error}")
     digest = hashlib.blake2b(content if untouched else pixels.tobytes(), digest_size=16).digest()
     return Tile(key=key(*source.path.parts[-2:-1], source.path.stem), source=source, x=0, y=0, mpp=source.mpp or mpp,
                 size=(pixels.shape[1], pixels.shape[0]), label=source.label,
-                image=content if untouched else encode(pixels), encoding="source" if untouched else str(encode),
-                digest=digest)
+                image=encoded, encoding="source" if untouched else str(encode), digest=digest)
+
+
+def _opaque(image: Image.Image) -> Image.Image:
+    """RGB, and white where the image is transparent: what lies beneath was never meant to be seen."""
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    shown = image.convert("RGBA")
+    flat = Image.new("RGB", shown.size, (255, 255, 255))
+    flat.paste(shown, mask=shown.getchannel("A"))
+    return flat
 
 
 class Annotation:
@@ -184,10 +218,13 @@ class Annotation:
                     classes.append(name)
                 shape = region["geometry"]
                 for polygon in [shape["coordinates"]] if shape["type"] == "Polygon" else shape["coordinates"]:
-                    outline, *holes = [[(x * scale, y * scale) for x, y, *_ in ring] for ring in polygon]
-                    ImageDraw.Draw(canvas).polygon(outline, fill=classes.index(name) + 1)
-                    for hole in holes:
-                        ImageDraw.Draw(canvas).polygon(hole, fill=0)
+                    rings = [[(x * scale, y * scale) for x, y, *_ in ring] for ring in polygon]
+                    (left, right), (top, bottom) = ((int(min(axis)), int(max(axis)) + 2) for axis in zip(*rings[0], strict=True))
+                    # Cut out before it is laid on: what an earlier region drew shows through the holes.
+                    stencil = Image.new("1", (right - left, bottom - top))
+                    for ring, ink in zip(rings, [1] + [0] * len(rings), strict=False):
+                        ImageDraw.Draw(stencil).polygon([(x - left, y - top) for x, y in ring], fill=ink)
+                    canvas.paste(classes.index(name) + 1, (left, top), stencil)
         except FileNotFoundError:
             raise ShardError(f"no annotation at {path}; write one beside the slide, or set labels=names") from None
         except (KeyError, TypeError, ValueError) as error:

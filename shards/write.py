@@ -65,7 +65,7 @@ class Settings:
     licence: str = field(default="unknown", metadata={"help": "licence, for the dataset card"})
     about: str = field(default="", metadata={"help": "one line on where the data comes from"})
     quality: int = field(default=90, metadata={"range": (50, 100), "help": "JPEG quality of tiles we encode"})
-    subsampling: str = field(default="4:4:4", metadata={"choices": ("4:4:4", "4:2:0"), "help": "JPEG colour resolution"})
+    subsampling: str = field(default="4:4:4", metadata={"choices": ("4:4:4", "4:2:0"), "help": "of the colour"})
     tar_samples: int = field(default=5000, metadata={"range": (1, 100_000), "help": "about this many tiles a tar"})
     seed: int = field(default=0, metadata={"range": (0, 2**63 - 1), "help": "of the shuffle"})
     workers: int = field(default=0, metadata={"range": (0, 1024), "help": "processes; 0: one a core"})
@@ -160,8 +160,8 @@ def _cut_all(units: list[list[tiles.Source]], settings: Settings, work: Path, pr
             try:
                 reason = job.result()
             except concurrent.futures.process.BrokenProcessPool:
-                raise ShardError("a worker died while cutting (out of memory, or a slide that crashes its reader); call "
-                                 "again to go on, with workers=1 to find the slide") from None
+                raise ShardError("a worker died while cutting (out of memory, or a slide that crashes its reader); "
+                                 "call again to go on, with workers=1 to find the slide") from None
             if reason is not None:
                 failed.append(reason)
                 if len(failed) > settings.max_failed:

@@ -110,7 +110,8 @@ def shard(config: Config, overrides: Overrides = None, print_config: PrintConfig
     if dry_run:
         suffixes = tiles.SLIDES if settings.kind == "slides" else tiles.IMAGES
         found = tiles.sources(settings.source, suffixes, settings.names)
-        return say(f"{len(found)} {settings.kind} of {len({each.patient for each in found})} patients in {settings.source}")
+        patients = len({each.patient for each in found})
+        return say(f"{len(found)} {settings.kind} of {patients} patients in {settings.source}")
     with bars() as progress:
         done = write.write(settings, progress)
         if not done.untouched:
@@ -186,7 +187,8 @@ def launch(where: Annotated[str, typer.Argument(help="local: torchrun on this ma
     if rest[:1] != ["train"] or len(rest) < 2:
         raise schema.ConfigError([f"launch runs the verb train, not {' '.join(rest[:1]) or 'nothing'!r}; write: "
                                   "ssl-dist launch local ranks=2 -- train CONFIG key=value …"])
-    options, overrides = [], []
+    options: list[str] = []
+    overrides: list[str] = []
     for word in rest[2:]:
         (options if word.startswith("--") else overrides).append(word)
     settings = config.load(config.Train, rest[1], overrides)
@@ -221,7 +223,8 @@ def evaluate(config: Config, overrides: Overrides = None, print_config: PrintCon
     from ssl_dist.eval import knn
 
     with bars() as progress:
-        result = knn.run(settings, dist.device(settings.device), settings.threads or len(os.sched_getaffinity(0)), progress)
+        threads = settings.threads or len(os.sched_getaffinity(0))
+        result = knn.run(settings, dist.device(settings.device), threads, progress)
     say(f"{settings.protocol}: " + ", ".join(f"{name} {value:.3f}" for name, value in result["metrics"].items()))
     for name, figures in result["baselines"].items():
         say(f"{name}: " + ", ".join(f"{key} {value:.3f}" for key, value in figures.items()))

@@ -22,7 +22,7 @@ class DemoFailed(RuntimeError):
     """A stage of the demo that ended with an error; its own line stands above."""
 
     def __init__(self, stage: str, exit_code: int):
-        super().__init__(f"the demo ended at: {stage}; mend what the line above says and call it again, it goes on there")
+        super().__init__(f"the demo ended at: {stage}; mend what the line above says, call it again, it goes on there")
         self.exit_code = exit_code
 
 
@@ -75,7 +75,7 @@ def _summary(console: Console, folder: Path, run: Path, seconds: float) -> None:
     own, random = knn["metrics"]["accuracy"], knn["baselines"]["random"]["accuracy"]
     console.rule("[bold]done", align="left")
     for name, value in {
-        "kNN accuracy, new patients": f"{own:.1%}   (random initialisation: {random:.1%}, {100 * (own - random):+.1f} points)",
+        "kNN accuracy, new patients": f"{own:.1%} (random weights {random:.1%}; {100 * (own - random):+.1f} points)",
         "training": f"{last['samples']} tiles in {last['step']} steps, {last['images_per_second']:.0f} tiles a second",
         "this call took": f"{seconds:.0f} s",
         "slides": folder / "slides", "shards": folder / "shards", "run": run, "encoder": run / "encoder",

@@ -13,10 +13,11 @@ from ssl_dist.data.batch import Batch
 class Engine:
     """A method and its optimizer, run by DeepSpeed (stage 0: every rank holds all weights, gradients are averaged)."""
 
-    def __init__(self, method: nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any], device: torch.device):
+    def __init__(self, method: nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any],
+                 device: torch.device):
         os.environ.setdefault("DS_ACCELERATOR", device.type)
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-        import deepspeed        # looks for an accelerator when imported, so not before the device is known
+        import deepspeed  # looks for an accelerator when imported, so not before the device is known
 
         deepspeed.utils.logging.logger.setLevel(logging.ERROR)
         # The shared-memory all-reduce would be compiled at first use, and a plain machine has no compiler.
@@ -58,7 +59,7 @@ class Engine:
 
     def moments(self) -> dict[str, Tensor]:
         """The optimizer's state as `<parameter>|<name>`."""
-        names = {parameter: name for name, parameter in self.method.named_parameters()}
+        names: dict[Any, str] = {parameter: name for name, parameter in self.method.named_parameters()}
         return {f"{names[parameter]}|{key}": torch.as_tensor(value)
                 for parameter, state in self.optimizer.state.items() for key, value in state.items()}
 
@@ -68,7 +69,7 @@ class Engine:
         own, kept = dict(self.method.named_parameters()), self.buffers()
         for mine, given in ((own, weights), (kept, buffers)):
             if mine.keys() != given.keys():
-                raise ValueError(f"the checkpoint and the method name different tensors: {sorted(mine.keys() ^ given)[:3]}")
+                raise ValueError(f"checkpoint and method name different tensors: {sorted(mine.keys() ^ given)[:3]}")
             for name, tensor in given.items():
                 mine[name].copy_(tensor)
         for name, tensor in moments.items():

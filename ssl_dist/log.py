@@ -39,10 +39,12 @@ class Log:
     """Rank 0's record of a run; on other ranks every call does nothing."""
 
     def __init__(self, run: Path, steps: int, start: int):
-        self._bar = self._jsonl = self._board = None        # type: ignore[var-annotated]
+        self._jsonl: IO[str] | None = None
+        self._board: SummaryWriter | None = None
+        self._bar: Progress | None = None
         if dist.rank():
             return
-        self._jsonl: IO[str] = (run / "metrics.jsonl").open("a", buffering=1)
+        self._jsonl = (run / "metrics.jsonl").open("a", buffering=1)
         # What a killed attempt wrote beyond its last checkpoint is drawn no more.
         self._board = SummaryWriter(str(run / "tb"), purge_step=start + 1 if start else None)
         console = Console(file=sys.stderr)

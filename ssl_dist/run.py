@@ -76,7 +76,8 @@ def environment() -> dict[str, Any]:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
-    cpu = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text()) if Path("/proc/cpuinfo").exists() else None
+    described = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    cpu = re.search(r"model name\s*:\s*(.+)", described)
     return {"python": platform.python_version(), "platform": platform.platform(), "host": socket.gethostname(),
             "cpu": cpu.group(1) if cpu else platform.processor(), "cpus": len(os.sched_getaffinity(0)),
             "gpus": [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())],

@@ -55,7 +55,7 @@ def load(schema: type, file: Path | None, overrides: list[str]) -> Any:
     if problems:
         raise ConfigError(problems)
     try:
-        values = OmegaConf.to_container(OmegaConf.create(values), resolve=True)
+        values = typing.cast(dict, OmegaConf.to_container(OmegaConf.create(values), resolve=True))
     except OmegaConfBaseException as error:
         raise ConfigError([f"{file}: {_first_line(error)}"]) from None
     return build(schema, values, places, where=str(file) if file else COMMAND_LINE)
@@ -100,7 +100,7 @@ def _file(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
         raise ConfigError([f"{path} is not YAML: {_first_line(error)}"]) from None
     if not isinstance(values, dict):
         raise ConfigError([f"{path} holds a {type(values).__name__}, not keys and values"])
-    return values, {key: f"{path}:{line}" for key, line in _lines(node, "")}
+    return typing.cast(dict, values), {key: f"{path}:{line}" for key, line in _lines(node, "")}
 
 
 def _lines(node: Any, prefix: str) -> Iterator[tuple[str, int]]:

@@ -142,7 +142,9 @@ def build(settings: Train) -> Method:
     torch.manual_seed(settings.seed)
     encoder = Encoder(settings.encoder.name, settings.encoder.args, settings.encoder.mean, settings.encoder.std)
     method = methods.load(settings.method["name"]).Method(config.method_config(settings), encoder)
-    return synchronise(method) if settings.encoder.batchnorm == "synchronised" else method
+    if settings.encoder.batchnorm == "synchronised":
+        synchronise(method)
+    return method
 
 
 def from_checkpoint(settings: Train, path: Path) -> Path:
@@ -242,8 +244,8 @@ def _agree(loss: torch.Tensor, asked: bool, device: torch.device, step: int) -> 
     bad, stopping, worst = dist.largest([float(not math.isfinite(float(loss.detach()))), float(asked),
                                          (dist.rank() + 1.0) * (not math.isfinite(float(loss.detach())))], device)
     if bad:
-        raise NotFinite(f"the loss of step {step} is not finite on rank {int(worst) - 1}; nothing of this step was kept. "
-                        "Try a smaller optim.lr, a longer optim.warmup, or optim.clip=1")
+        raise NotFinite(f"the loss of step {step} is not finite on rank {int(worst) - 1}; nothing of this step was "
+                        "kept. Try a smaller optim.lr, a longer optim.warmup, or optim.clip=1")
     return bool(stopping)
 
 
@@ -256,7 +258,7 @@ def _finite(norm: float, step: int) -> float:
 
 @contextlib.contextmanager
 def _asked_to_stop() -> Iterator[list[int]]:
-    """Collects polite requests to end (SLURM's USR2, torchrun's TERM, Ctrl-C); a second Ctrl-C is taken at its word."""
+    """Collects requests to end (SLURM's USR2, torchrun's TERM, Ctrl-C); a second Ctrl-C is taken at its word."""
     asked: list[int] = []
 
     def note(number: int, _: Any) -> None:
@@ -290,7 +292,7 @@ def _cause(error: BaseException, path: Path) -> BaseException:
             failure.exit_code = reason["exit_code"] if reason["exit_code"] != 1 else PeerDied.exit_code
             return failure
         time.sleep(0.1)
-    return PeerDied(f"another rank is gone without a word ({str(error).splitlines()[0]}); its log is in {path / 'logs'}. "
+    return PeerDied(f"another rank is gone without a word ({str(error).splitlines()[0]}); logs: {path / 'logs'}. "
                     "Run the same command again to resume from the last checkpoint")
 
 

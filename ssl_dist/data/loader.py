@@ -62,12 +62,14 @@ class Loader:
                  for number, view in enumerate(self.views)]
         return Batch(self._draw(encoded, drawn, rows), [numbers.box_N4 for numbers in drawn], rows, positions)
 
-    def _on_cpu(self, encoded: list[np.ndarray], numbers: list[augment.Numbers], rows: np.ndarray) -> list[torch.Tensor]:
+    def _on_cpu(self, encoded: list[np.ndarray], numbers: list[augment.Numbers],
+                rows: np.ndarray) -> list[torch.Tensor]:
         images = self._decode(self._decoder, encoded, rows)
         return [torch.from_numpy(opencv.views(images, each, view.size, self._painters))
                 for each, view in zip(numbers, self.views, strict=True)]
 
-    def _on_gpu(self, encoded: list[np.ndarray], numbers: list[augment.Numbers], rows: np.ndarray) -> list[torch.Tensor]:
+    def _on_gpu(self, encoded: list[np.ndarray], numbers: list[augment.Numbers],
+                rows: np.ndarray) -> list[torch.Tensor]:
         drawn = self._decode(lambda images: self._drawer(images, numbers), encoded, rows)
         return [torch.from_dlpack(each) for each in drawn]
 
@@ -77,8 +79,8 @@ class Loader:
                 return decode(encoded)
         except RuntimeError as error:
             reason = str(error).strip().splitlines()[0]
-            raise ShardError(f"a tile cannot be decoded: {self._culprit(encoded, rows)} ({reason}); its bytes are as they "
-                             "were written, so it was broken before: drop it from the source and shard again") from error
+            raise ShardError(f"a tile cannot be decoded: {self._culprit(encoded, rows)} ({reason}); its bytes are as "
+                             "written, so it was broken before: drop it from the source and shard again") from error
 
     def _culprit(self, encoded: list[np.ndarray], rows: np.ndarray) -> str:
         single = dali.Decoder(1, 1)

@@ -58,7 +58,8 @@ class Reader:
 
     def splits(self) -> list[str]:
         """The words that the split column holds."""
-        return sorted({word for table in self.tables for word in table["split"].combine_chunks().dictionary.to_pylist()})
+        return sorted({word for table in self.tables
+                       for word in table["split"].combine_chunks().dictionary.to_pylist()})
 
     def rows(self, tars: np.ndarray, members: np.ndarray) -> np.ndarray:
         """Catalogue rows of members (numbered within the split) of tars."""

@@ -31,7 +31,7 @@ class Stream:
     def __init__(self, counts: np.ndarray, *, seed: int, window: int, batch: int):
         self.counts, self.seed, self.window, self.batch = np.asarray(counts, dtype=np.int64), seed, window, batch
         self.samples = int(self.counts.sum())
-        self.steps_an_epoch = self.samples // batch      # the tail of an epoch waits for the next order, under a new luck
+        self.steps_an_epoch = self.samples // batch     # who falls into the tail of one epoch, may lead the next
         if not self.steps_an_epoch:
             raise ShardError(f"the shards hold {self.samples} tiles of the wanted split, and one step takes data.batch="
                              f"{batch}; choose a smaller batch or shard more")

@@ -3,6 +3,7 @@
 Q queries   B bank   K neighbours   D width   C classes
 """
 
+import functools
 import io
 from collections.abc import Callable
 from pathlib import Path
@@ -47,14 +48,13 @@ def run(settings: Eval, device: torch.device, threads: int, progress: Progress) 
         raise ShardError(f"k={settings.k} neighbours are more than the {len(bank.rows)} tiles of the bank; lower k")
     shared = sorted(set(bank.patients) & set(query.patients))
     if shared:
-        raise ShardError(f"{len(shared)} patients are in both {settings.data.bank!r} and {settings.data.query!r} (first "
-                         f"{shared[0]!r}): tiles of one patient resemble each other, so the score would be too good; "
+        raise ShardError(f"{len(shared)} patients are in both {settings.data.bank!r} and {settings.data.query!r} ("
+                         f"{shared[0]!r}, …): tiles of one patient resemble each other, so the score would be too good; "
                          "split by patient and shard again")
 
     def guess(encoder: encoders.Encoder, what: str) -> tuple[Tensor, Tensor]:
         vectors = [features.extract(encoder, split, size=settings.size, batch=settings.batch, threads=threads,
-                                    device=device, progress=lambda done, total, name=name: progress(  # type: ignore[misc]
-                                        f"{what}, {name}", done, total))
+                                    device=device, progress=functools.partial(progress, f"{what}, {name}"))
                    for name, split in (("bank", bank), ("query", query))]
         similarity_QK, places_QK = neighbours(vectors[1], vectors[0], settings.k)
         return vote(similarity_QK, bank.labels_S[places_QK], len(bank.classes), settings.temperature), places_QK
@@ -77,7 +77,8 @@ def run(settings: Eval, device: torch.device, threads: int, progress: Progress) 
         "metrics": _figures(counts_CC), "baselines": baselines,
         "counts": {"bank": len(bank.rows), "queries": len(query.rows), "bank_patients": len(set(bank.patients)),
                    "query_patients": len(set(query.patients)), "shared_patients": len(shared)},
-        "classes": bank.classes, "confusion": counts_CC.tolist(), "pictures": ["knn_neighbours.png"], "seed": settings.seed,
+        "classes": bank.classes, "confusion": counts_CC.tolist(), "pictures": ["knn_neighbours.png"],
+        "seed": settings.seed,
     }
     folder.write_json(out / "knn.json", result)
     return result
@@ -94,7 +95,8 @@ def _sheet(bank: Split, query: Split, places_QK: Tensor, answer_Q: Tensor, out: 
     # Evenly through the classes, so that the sheet does not show what the tars happened to begin with.
     order = torch.argsort(query.labels_S, stable=True)
     chosen = order[torch.linspace(0, len(order) - 1, min(rows, len(order))).long()]
-    sheet = Image.new("RGB", ((columns + 1) * (side + gap) + 2 * gap, len(chosen) * (side + gap + 14) + gap), (255, 255, 255))
+    extent = (columns + 1) * (side + gap) + 2 * gap, len(chosen) * (side + gap + 14) + gap
+    sheet = Image.new("RGB", extent, (255, 255, 255))
     draw = ImageDraw.Draw(sheet)
     for line, number in enumerate(chosen.tolist()):
         top = gap + line * (side + gap + 14)

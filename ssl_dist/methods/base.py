@@ -18,5 +18,5 @@ class Method(nn.Module, ABC):
     def forward(self, batch: Batch, progress: float) -> dict[str, Tensor]:
         """"loss", which is minimised, and other scalars worth a curve; progress runs from 0 to 1."""
 
-    def after_step(self, progress: float) -> None:      # noqa: B027
+    def after_step(self, progress: float) -> None:
         """What moves without a gradient: a teacher, a queue."""

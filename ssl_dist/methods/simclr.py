@@ -7,11 +7,12 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from ssl_dist.data.batch import Batch, View
 from ssl_dist.methods import base
 from ssl_dist.methods.losses import nt_xent
+from ssl_dist.models.encoder import Encoder
 from ssl_dist.models.heads import projector
 
 
@@ -27,7 +28,7 @@ class Config:
 class Method(base.Method):
     """Encoder, two-layer projection, NT-Xent over all ranks."""
 
-    def __init__(self, config: Config, encoder: nn.Module):
+    def __init__(self, config: Config, encoder: Encoder):
         super().__init__()
         self.encoder, self.temperature = encoder, config.temperature
         self.projector = projector([encoder.width, config.hidden or encoder.width, config.width], norm=config.norm)

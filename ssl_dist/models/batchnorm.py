@@ -36,6 +36,8 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
         return normal.to(input.dtype)
 
     def _remember(self, mean_C: Tensor, unbiased_C: Tensor) -> None:
+        assert self.running_mean is not None and self.running_var is not None, "buffers go with track_running_stats"
+        assert self.num_batches_tracked is not None, "buffers go with track_running_stats"
         with torch.no_grad():
             self.num_batches_tracked.add_(1)
             share = 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
@@ -46,13 +48,16 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
 class SyncBatchNormAct(SyncBatchNorm):
     """timm's BatchNorm with its activation, synchronised; the same names in its state."""
 
+    drop: nn.Module
+    act: nn.Module
+
     def forward(self, input: Tensor) -> Tensor:
         """(N, C, ...) -> the same shape, activated."""
         return self.act(self.drop(super().forward(input)))
 
 
 def synchronise(module: nn.Module) -> nn.Module:
-    """The network with every BatchNorm synchronised; its parameters, buffers and their names stay what they were."""
+    """The module with every BatchNorm inside synchronised; parameters, buffers and their names stay."""
     for name, child in module.named_children():
         if isinstance(child, SyncBatchNorm):
             continue

@@ -6,13 +6,12 @@ B tiles   H, W pixels   D width of the vector
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import timm
 import torch
 from timm.models import save_for_hf
 from torch import Tensor, nn
-
 
 
 class EncoderError(ValueError):
@@ -24,6 +23,9 @@ class EncoderError(ValueError):
 class Encoder(nn.Module):
     """A timm backbone that takes pixels as they come from the data path and normalises them itself."""
 
+    _mean_C: Tensor
+    _std_C: Tensor
+
     def __init__(self, name: str, args: dict[str, Any], mean: tuple[float, ...], std: tuple[float, ...]):
         super().__init__()
         self.name, self.args, self.mean, self.std = name, dict(args), tuple(mean), tuple(std)
@@ -33,7 +35,7 @@ class Encoder(nn.Module):
             close = timm.list_models(f"*{name.split('_')[0]}*")[:3]
             raise EncoderError(f"timm cannot build encoder.name={name!r} with encoder.args={args} ({error})"
                                + (f"; near it: {', '.join(close)}" if close else "")) from None
-        self.width = self.network.num_features
+        self.width = int(cast(Any, self.network).num_features)
         self.register_buffer("_mean_C", torch.tensor(mean).view(1, 3, 1, 1) * 255, persistent=False)
         self.register_buffer("_std_C", torch.tensor(std).view(1, 3, 1, 1) * 255, persistent=False)
 
@@ -44,12 +46,12 @@ class Encoder(nn.Module):
         return self.network((pixels_B3HW - self._mean_C) / self._std_C)
 
     def save(self, folder: Path, size: int | None, about: dict[str, Any]) -> None:
-        """Writes config.json and model.safetensors as timm loads them; `about` goes into config.json under `ssl_dist`.
+        """Writes config.json and model.safetensors as timm loads them; `about` goes into it under `ssl_dist`.
 
         `size` is the width in pixels that the network was trained on.
         """
         # A plain twin: timm must find its own BatchNorm, and the weights' names are the same.
-        plain = timm.create_model(self.name, pretrained=False, num_classes=0, **_tuples(self.args))
+        plain: Any = timm.create_model(self.name, pretrained=False, num_classes=0, **_tuples(self.args))
         plain.load_state_dict(self.network.state_dict())
         # Of timm's card of the architecture, what belongs to somebody else's weights must go.
         plain.pretrained_cfg = {
@@ -58,8 +60,8 @@ class Encoder(nn.Module):
             **({"input_size": (3, size, size), "pool_size": None} if size else {}),
             **dict.fromkeys(("hf_hub_id", "url", "origin_url", "paper_ids", "paper_name", "test_input_size",
                              "test_crop_pct", "description"))}
-        save_for_hf(plain, str(folder), model_config={"num_classes": 0, "ssl_dist": about}, model_args=self.args or None,
-                    safe_serialization=True)
+        save_for_hf(plain, str(folder), model_config={"num_classes": 0, "ssl_dist": about},
+                    model_args=self.args or None, safe_serialization=True)
 
 
 def load(folder: Path) -> Encoder:

@@ -1,0 +1,37 @@
+# Two commands: `make demo` and `make test`. Both set up what they need in .venv, once.
+
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/ready
+
+.PHONY: demo test bench lint readme clean
+
+demo: $(READY)
+	@$(BIN)/ssl-dist demo
+
+test: $(READY) lint
+	@$(BIN)/python -m pytest
+
+lint: $(READY)
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+
+bench: $(READY)
+	@$(BIN)/python benchmarks/data.py
+	@$(BIN)/python benchmarks/readme.py
+
+readme: $(READY)
+	@$(BIN)/python benchmarks/readme.py
+
+clean:
+	rm -rf demo dist build
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "ssl_dist needs Python 3.11 or newer; name one: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || \
+	  { echo "Python cannot make a virtual environment; on Debian: apt install python3-venv"; exit 1; }
+	@echo "installing into $(VENV): about 7 GB, a few minutes"
+	@DS_BUILD_OPS=0 $(BIN)/pip install --disable-pip-version-check --quiet -c constraints.txt -e '.[test]'
+	@touch $@

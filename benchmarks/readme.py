@@ -1,0 +1,114 @@
+"""Writes the parts of README.md that are generated: the tree from docstrings, the tables from benchmarks/results."""
+
+import ast
+import json
+import re
+import statistics
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+PACKAGES = ("shards", "ssl_dist", "launch")
+WIDTH = 118
+
+
+def tree() -> str:
+    """The files of the packages, each with the first line of its docstring."""
+    lines = []
+    for package in PACKAGES:
+        lines += [*_folder(ROOT / package, 0), ""]
+    for name, about in (("configs/", "YAML, one screen each; the first comment says what, on what, how long"),
+                        ("tests/", "flat; test_house.py holds the rules, test_journey.py goes from slide to report"),
+                        ("benchmarks/", "images per second along the data path; results/ only grows"),
+                        ("Makefile", "demo, test, bench, lint"),
+                        ("constraints.txt", "the exact versions that were tested together")):
+        lines.append(_line(0, name, about))
+    return "```text\n" + "\n".join(lines) + "\n```"
+
+
+def _folder(folder: Path, depth: int) -> Iterator[str]:
+    package = folder / "__init__.py"
+    yield _line(depth, f"{folder.name}/", _about(package))
+    for path in sorted(folder.glob("*.py")):
+        if path.stem not in ("__init__", "__main__"):
+            yield _line(depth + 1, path.name, _about(path))
+    for path in sorted(folder.iterdir()):
+        if (path / "__init__.py").exists():
+            yield from _folder(path, depth + 1)
+
+
+def _line(depth: int, name: str, about: str) -> str:
+    return f"{'  ' * depth + name:21} {about}"[:WIDTH].rstrip()
+
+
+def _about(path: Path) -> str:
+    first = (ast.get_docstring(ast.parse(path.read_text())) or "").partition("\n")[0]
+    return re.sub(r"`(.+?)`", r"\1", first)
+
+
+def demo() -> str:
+    """The table of the demo: the newest result file, a row a seed."""
+    rows = _newest("demo_")
+    if not rows:
+        return "Not measured yet."
+    lines = ["| seed | SimCLR encoder | random initialisation | difference |", "|---|---|---|---|"]
+    for row in rows["rows"]:
+        own, random = row["accuracy"], row["random"]
+        lines.append(f"| {row['seed']} | {own:.1%} | {random:.1%} | {100 * (own - random):+.1f} points |")
+    means = [statistics.mean(row[name] for row in rows["rows"]) for name in ("accuracy", "random")]
+    lines.append(f"| mean | {means[0]:.1%} | {means[1]:.1%} | {100 * (means[0] - means[1]):+.1f} points |")
+    first = rows["rows"][0]
+    return "\n".join(lines) + (
+        f"\n\nkNN accuracy (k = {first['k']}) on {first['queries']} tiles of {first['query_patients']} patients whose "
+        f"slides were never trained on; {first['bank']} labelled tiles of {first['bank_patients']} other patients vote "
+        f"(counts of seed {first['seed']}). {rows['cpu']}, {rows['cpus']} cores, the whole line in "
+        f"{max(row['seconds'] for row in rows['rows']):.0f} s at most; torch "
+        f"{rows['versions']['torch']}, {rows['date']}.")
+
+
+def data() -> str:
+    """The table of the data path: the newest result file."""
+    found = _newest("data_")
+    if not found:
+        return "Not measured yet."
+    lines = ["| data path, two views of a tile | images/s (median) | against ours |", "|---|---|---|"]
+    for row in found["contenders"]:
+        lines.append(f"| {row['name']} | {row['images_per_second']:,.0f} | {row['ratio']:.2f} |")
+    return "\n".join(lines) + (
+        f"\n\n{found['tiles']} real tiles of {found['tile_size']} px, {found['rounds']} interleaved rounds, ratios are "
+        f"medians of the rounds' ratios. {found['cpu']}, {found['cpus']} cores; DALI "
+        f"{found['versions']['nvidia-dali-cuda130']}, OpenCV {found['versions']['opencv-python-headless']}, "
+        f"{found['date']}. "
+        f"Plot: `benchmarks/results/{found['plot']}`.")
+
+
+def _newest(prefix: str) -> dict | None:
+    files = sorted(RESULTS.glob(f"{prefix}*.json"))
+    return json.loads(files[-1].read_text()) if files else None
+
+
+PARTS = {"tree": tree, "demo": demo, "data": data}
+
+
+def main() -> int:
+    """Rewrites README.md, or with --check says whether it is up to date."""
+    path = ROOT / "README.md"
+    text = fresh = path.read_text()
+    for name, part in PARTS.items():
+        pattern = re.compile(rf"(<!-- {name} -->\n).*?(\n<!-- end -->)", re.DOTALL)
+        if not pattern.search(fresh):
+            sys.stderr.write(f"README.md has no <!-- {name} --> … <!-- end -->\n")
+            return 1
+        fresh = pattern.sub(lambda match, part=part: match[1] + part() + match[2], fresh)
+    if "--check" in sys.argv:
+        if fresh != text:
+            sys.stderr.write("README.md is not what the tree and the results say; run: make readme\n")
+        return int(fresh != text)
+    path.write_text(fresh)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
