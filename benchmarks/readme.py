@@ -40,7 +40,10 @@ def _folder(folder: Path, depth: int) -> Iterator[str]:
 
 
 def _line(depth: int, name: str, about: str) -> str:
-    return f"{'  ' * depth + name:21} {about}"[:WIDTH].rstrip()
+    room = WIDTH - 22
+    # What does not fit ends at the last pause that does.
+    pause = max((about[:room + 1].rfind(mark) for mark in (". ", ": ", "; ", ", ")), default=-1)
+    return f"{'  ' * depth + name:21} {about if len(about) <= room else about[:pause]}".rstrip(" .:;,")
 
 
 def _about(path: Path) -> str:
@@ -97,11 +100,11 @@ def main() -> int:
     path = ROOT / "README.md"
     text = fresh = path.read_text()
     for name, part in PARTS.items():
-        pattern = re.compile(rf"(<!-- {name} -->\n).*?(\n<!-- end -->)", re.DOTALL)
+        pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end -->)", re.DOTALL)
         if not pattern.search(fresh):
             sys.stderr.write(f"README.md has no <!-- {name} --> … <!-- end -->\n")
             return 1
-        fresh = pattern.sub(lambda match, part=part: match[1] + part() + match[2], fresh)
+        fresh = pattern.sub(lambda match, part=part: match[1] + part() + "\n" + match[2], fresh)
     if "--check" in sys.argv:
         if fresh != text:
             sys.stderr.write("README.md is not what the tree and the results say; run: make readme\n")

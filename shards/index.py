@@ -5,6 +5,7 @@
     <tar>.idx       where the members of a tar lie, in the words of NVIDIA DALI's own reader
 """
 
+import hashlib
 import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -38,7 +39,8 @@ SCHEMA = pa.schema(
         pa.field("stain", pa.dictionary(pa.int8(), pa.string()), nullable=False),
         pa.field("organ", pa.dictionary(pa.int8(), pa.string()), nullable=False),
         pa.field("encoding", pa.dictionary(pa.int8(), pa.string()), nullable=False),
-        pa.field("digest", pa.binary(16), nullable=False),  # of the pixels before encoding
+        # Of the source's bytes where they are untouched, else of the pixels before encoding.
+        pa.field("digest", pa.binary(16), nullable=False),
     ]
 )
 
@@ -65,7 +67,7 @@ class Index:
 
     datasets: list[dict[str, Any]]     # cards: name, organ, stain, licence, classes, ...
     settings: dict[str, Any]           # everything that decided which bytes were written
-    fingerprint: str                   # of the settings and of every tar
+    fingerprint: str                   # of all of the above and below, and of samples.arrow
     tars: list[Tar]
     format: int = FORMAT
 
@@ -101,13 +103,26 @@ def write(folder: Path, index: Index) -> None:
     folders.write_json(folder / "index.json", asdict(index))
 
 
+def fingerprint(folder: Path, index: Index) -> str:
+    """What the index must say of itself: a digest of everything else in it, and of samples.arrow as it lies there."""
+    with (folder / "samples.arrow").open("rb") as handle:
+        table = hashlib.file_digest(handle, "sha256").hexdigest()
+    rest = {name: value for name, value in asdict(index).items() if name != "fingerprint"}
+    return hashlib.sha256(json.dumps([rest, table], sort_keys=True).encode()).hexdigest()
+
+
 def samples(folder: Path) -> pa.Table:
     """The sample table, mapped from disk: opening costs the same for a hundred rows and for a hundred million."""
     path = folder / "samples.arrow"
     try:
-        return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
-    except (OSError, pa.ArrowInvalid) as error:
-        raise ShardError(f"{path} cannot be read ({error}); run: ssl-dist check {folder}") from error
+        table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+    except (OSError, pa.ArrowException) as error:
+        raise ShardError(f"{path} cannot be read ({error}); restore it, or delete index.json and run the shard job "
+                         "again") from error
+    if not table.schema.equals(SCHEMA):
+        raise ShardError(f"{path} has other columns than this version reads ({', '.join(table.schema.names)}); shard "
+                         "again, or use the version that wrote it")
+    return table
 
 
 def write_samples(folder: Path, columns: dict[str, Iterable[Any]]) -> None:
@@ -127,6 +142,9 @@ def _column(field: pa.Field, values: Iterable[Any]) -> pa.Array:
     order = np.argsort(coded.dictionary.to_numpy(zero_copy_only=False).astype(str), kind="stable")
     rank = np.empty(len(order), dtype=np.int64)
     rank[order] = np.arange(len(order))
+    if len(order) > (limit := np.iinfo(field.type.index_type.to_pandas_dtype()).max + 1):
+        raise ShardError(f"{len(order)} different words for {field.name!r}, of {limit} at most; look at names= and "
+                         "slides.csv")
     codes = pa.array(rank[coded.indices.to_numpy()], type=field.type.index_type)
     return pa.DictionaryArray.from_arrays(codes, coded.dictionary.take(pa.array(order)))
 

@@ -94,9 +94,8 @@ def sources(folder: Path, suffixes: tuple[str, ...], names: str) -> list[Source]
         if path.suffix.lower() not in suffixes or not path.is_file():
             continue
         relative = path.relative_to(folder).as_posix()
-        if not relative.isascii() and relative.encode(errors="replace") != relative.encode(errors="surrogateescape"):
-            raise ShardError(f"the name of {os.fsencode(path)!r} is not UTF-8; rename it, or move it out of the source "
-                             "folder")
+        if relative.encode(errors="ignore") != os.fsencode(relative):
+            raise ShardError(f"{os.fsencode(relative)!r} is not a name in UTF-8; rename it, or move it out of {folder}")
         match = re.search(names, relative) if names else None
         if names and match is None:
             raise ShardError(f"names={names!r} does not match {relative!r}; correct the expression, or move the file "
@@ -107,8 +106,9 @@ def sources(folder: Path, suffixes: tuple[str, ...], names: str) -> list[Source]
         described |= bool(row)
         known.update(row)
         slide = known.get("slide", path.stem)
+        mpp = _microns(known["mpp"], path) if known.get("mpp") else None
         found.append(Source(path=path, slide=slide, patient=known.get("patient", slide), split=known.get("split", ""),
-                            label=known.get("label", ""), mpp=_microns(known["mpp"], path) if "mpp" in known else None))
+                            label=known.get("label", ""), mpp=mpp))
     if not found:
         raise ShardError(f"nothing to shard below {folder}: no file ends in {', '.join(suffixes)}")
     if table and not described:
@@ -219,9 +219,11 @@ class Annotation:
                 shape = region["geometry"]
                 for polygon in [shape["coordinates"]] if shape["type"] == "Polygon" else shape["coordinates"]:
                     rings = [[(x * scale, y * scale) for x, y, *_ in ring] for ring in polygon]
-                    (left, right), (top, bottom) = ((int(min(axis)), int(max(axis)) + 2) for axis in zip(*rings[0], strict=True))
+                    xs, ys = zip(*rings[0], strict=True)
+                    left, top = max(math.floor(min(xs)), 0), max(math.floor(min(ys)), 0)
+                    right, bottom = min(math.ceil(max(xs) + 1), canvas.width), min(math.ceil(max(ys) + 1), canvas.height)
                     # Cut out before it is laid on: what an earlier region drew shows through the holes.
-                    stencil = Image.new("1", (right - left, bottom - top))
+                    stencil = Image.new("1", (max(right - left, 0), max(bottom - top, 0)))
                     for ring, ink in zip(rings, [1] + [0] * len(rings), strict=False):
                         ImageDraw.Draw(stencil).polygon([(x - left, y - top) for x, y in ring], fill=ink)
                     canvas.paste(classes.index(name) + 1, (left, top), stencil)

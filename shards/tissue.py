@@ -64,7 +64,7 @@ def corners(tissue: np.ndarray, slide: tuple[int, int], side: float) -> tuple[np
     `slide` is the slide's (width, height) in level-0 pixels; squares that do not lie wholly inside are not offered.
     """
     width, height = slide
-    # A billionth of slack: 220.00000000000003 pixels, as a product of floats may come out, still go ten times into 2200.
+    # A billionth of slack: a product of floats may come out as 220.00000000000003, which should go ten times into 2200.
     columns, rows = int(width / side + 1e-9), int(height / side + 1e-9)
     grid = np.stack(np.meshgrid(np.arange(columns), np.arange(rows)), axis=-1).reshape(-1, 2)
     # Sums over rectangles from a running sum: the cost does not depend on the size of a tile.

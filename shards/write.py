@@ -11,11 +11,13 @@ import io
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import tarfile
+import threading
 import zlib
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +36,7 @@ ROW = pa.schema([
     ("order", pa.uint64()), ("key", pa.string()), ("start", pa.int64()), ("size", pa.int32()), ("crc32", pa.uint32()),
     ("slide", pa.string()), ("patient", pa.string()), ("split", pa.string()), ("x", pa.int32()), ("y", pa.int32()),
     ("mpp", pa.float32()), ("width", pa.int32()), ("height", pa.int32()), ("label", pa.string()),
-    ("encoding", pa.string()), ("digest", pa.binary(16)), ("unit", pa.int32()),
+    ("encoding", pa.string()), ("digest", pa.binary(16)), ("unit", pa.int32()), ("file", pa.string()),
 ])
 
 
@@ -99,12 +101,14 @@ def write(settings: Settings, progress: Progress = lambda what, done, total: Non
     decided = _decided(settings, units)
     with folder.hold(out, ".lock"):
         if (out / "index.json").exists():
-            return _finished(out, decided)
+            finished = _finished(out, decided)
+            _discard(out / ".work")
+            return finished
         work = _work(out, decided)
         _cut_all(units, settings, work, progress)
         with folder.storage(out):
             summary = _publish(units, settings, decided, work, out, progress)
-        shutil.rmtree(work)
+        _discard(work)
     return summary
 
 
@@ -121,6 +125,9 @@ def _decided(settings: Settings, units: list[list[tiles.Source]]) -> dict[str, A
     for unit in units:
         for source in unit:
             known = {**asdict(source), "path": source.path.name, "bytes": source.path.stat().st_size}
+            drawn = source.path.with_suffix(".geojson")
+            if settings.labels == "annotations" and drawn.is_file():    # small, and renaming a class keeps its size
+                known["annotation"] = hashlib.sha256(drawn.read_bytes()).hexdigest()
             listing.update(json.dumps(known, sort_keys=True).encode(errors="surrogateescape"))
     return {**decided, "files": sum(map(len, units)), "listing": listing.hexdigest()}
 
@@ -139,11 +146,23 @@ def _finished(out: Path, decided: dict[str, Any]) -> Summary:
 def _work(out: Path, decided: dict[str, Any]) -> Path:
     """The folder of half-done work; what other settings left there is of no use and goes."""
     work, note = out / ".work", json.dumps(decided, sort_keys=True)
-    if work.exists() and (not (work / "settings.json").exists() or (work / "settings.json").read_text() != note):
-        shutil.rmtree(work)
+    old = (work / "settings.json").read_text() if (work / "settings.json").exists() else None
+    if old != note:
+        if old is not None:
+            _remove_tars(out, json.loads(old)["dataset"])
+        _discard(work)
     folder.make(work)
+    for draft in work.glob("*.draft"):      # of a worker that was killed: we hold the lock, so nobody writes it
+        draft.unlink()
     folder.write(work / "settings.json", note)
     return work
+
+
+def _discard(work: Path) -> None:
+    """Removes half-done work, its note first: what a kill leaves of the rest is then nobody's, and goes next time."""
+    if work.exists():
+        (work / "settings.json").unlink(missing_ok=True)
+        shutil.rmtree(work)
 
 
 def _cut_all(units: list[list[tiles.Source]], settings: Settings, work: Path, progress: Progress) -> None:
@@ -154,20 +173,27 @@ def _cut_all(units: list[list[tiles.Source]], settings: Settings, work: Path, pr
     progress(what, len(units) - len(missing), len(units))
     # spawn: a forked copy of a process with threads may find a lock held by a thread that was not copied.
     context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context) as pool:
-        jobs = {pool.submit(_cut, units[number], number, settings, work): number for number in missing}
-        for count, job in enumerate(concurrent.futures.as_completed(jobs), start=len(units) - len(missing) + 1):
-            try:
-                reason = job.result()
-            except concurrent.futures.process.BrokenProcessPool:
-                raise ShardError("a worker died while cutting (out of memory, or a slide that crashes its reader); "
-                                 "call again to go on, with workers=1 to find the slide") from None
-            if reason is not None:
-                failed.append(reason)
-                if len(failed) > settings.max_failed:
-                    pool.shutdown(wait=True, cancel_futures=True)
-                    raise ShardError(f"{failed[-1]} [{len(failed)} failed, max_failed={settings.max_failed}]")
-            progress(what, count, len(units))
+    with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context, initializer=_end_with_parent) as pool:
+        try:
+            jobs = [pool.submit(_cut, units[number], number, settings, work) for number in missing]
+            for count, job in enumerate(concurrent.futures.as_completed(jobs), start=len(units) - len(missing) + 1):
+                if (reason := job.result()) is not None:
+                    failed.append(reason)
+                    if len(failed) > settings.max_failed:
+                        raise ShardError(f"{failed[-1]} [{len(failed)} failed, max_failed={settings.max_failed}]")
+                progress(what, count, len(units))
+        except concurrent.futures.process.BrokenProcessPool:
+            raise ShardError("a worker died while cutting (out of memory, or a slide that crashes its reader); "
+                             "call again to go on, with workers=1 to find the slide") from None
+        finally:        # whatever ended the job, the thousand slides still waiting are not cut first
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _end_with_parent() -> None:
+    """In a worker: ends it with its job, for it would wait for work for ever, and write beside the next job."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
 def _spool(work: Path, number: int, suffix: str) -> Path:
@@ -180,7 +206,7 @@ def _cut(unit: list[tiles.Source], number: int, settings: Settings, work: Path) 
     rows: dict[str, list[Any]] = {name: [] for name in ROW.names}
     rejected: list[tiles.Rejected] = []
     failure = None
-    image, spool = _spool(work, number, ".draft"), _spool(work, number, ".tiles")
+    image, spool = _spool(work, number, f".{os.getpid()}.draft"), _spool(work, number, ".tiles")
     with folder.storage(image), image.open("wb") as handle:
         try:
             for item in _items(unit, settings, encode):
@@ -228,7 +254,7 @@ def _row(tile: tiles.Tile, start: int, unit: int, settings: Settings) -> dict[st
     return {"order": order, "key": tile.key, "start": start, "size": len(tile.image), "crc32": zlib.crc32(tile.image),
             "slide": tile.source.slide, "patient": tile.source.patient, "split": tile.source.split, "x": tile.x,
             "y": tile.y, "mpp": tile.mpp, "width": tile.size[0], "height": tile.size[1], "label": tile.label,
-            "encoding": tile.encoding, "digest": tile.digest, "unit": unit}
+            "encoding": tile.encoding, "digest": tile.digest, "unit": unit, "file": tile.source.path.name}
 
 
 def _lines(rejected: list[tiles.Rejected]) -> str:
@@ -239,8 +265,8 @@ def _lines(rejected: list[tiles.Rejected]) -> str:
 def _publish(units: list[list[tiles.Source]], settings: Settings, decided: dict[str, Any], work: Path, out: Path,
              progress: Progress) -> Summary:
     done = [number for number in range(len(units)) if _spool(work, number, ".arrow").exists()]
-    table = pa.concat_tables(pa.ipc.open_file(pa.memory_map(str(_spool(work, number, ".arrow")))).read_all()
-                             for number in done)
+    table = pa.concat_tables([ROW.empty_table(), *(
+        pa.ipc.open_file(pa.memory_map(str(_spool(work, number, ".arrow")))).read_all() for number in done)])
     table = table.take(pa.array(np.argsort(table["order"].to_numpy(), kind="stable")))
     table, duplicates = _without_duplicates(table)
     if not table.num_rows:
@@ -280,18 +306,26 @@ def _publish(units: list[list[tiles.Source]], settings: Settings, decided: dict[
             "about": settings.about, "classes": classes, "samples": table.num_rows,
             "slides": len(table["slide"].unique()), "patients": len(table["patient"].unique())}
     listed = [tar for tar, _ in written]
-    fingerprint = hashlib.sha256(json.dumps([decided, [asdict(tar) for tar in listed]], sort_keys=True).encode())
-    index.write(out, index.Index([card], decided, fingerprint.hexdigest(), listed))
+    _remove_tars(out, settings.dataset, keep=[tar.name for tar in listed])
+    found = index.Index([card], decided, "", listed)
+    index.write(out, replace(found, fingerprint=index.fingerprint(out, found)))
     return Summary(out, table.num_rows, tars, _reasons(out / "rejected.jsonl"), untouched=False)
+
+
+def _remove_tars(out: Path, dataset: str, keep: Iterable[str] = ()) -> None:
+    """What a killed job with other settings left: whoever reads *.tar would take its tiles for those of this job."""
+    for path in out.iterdir():
+        match = re.fullmatch(rf"\.?({re.escape(dataset)}-\d{{6}}\.)(tar|idx|tar\.tmp)", path.name)
+        if match and match[1] + "tar" not in keep:
+            path.unlink()
 
 
 def _without_duplicates(table: pa.Table) -> tuple[pa.Table, str]:
     """The table with the first of every set of equal tiles, and a line for each that went."""
     digests = np.frombuffer(b"".join(table["digest"].to_pylist()), dtype="V16")
     first = np.sort(np.unique(digests, return_index=True)[1])
-    gone = table.take(pa.array(np.setdiff1d(np.arange(table.num_rows), first))).select(["slide", "key", "x", "y"])
-    lines = "".join(json.dumps({"slide": row["slide"], "file": row["key"], "x": row["x"], "y": row["y"],
-                                "reason": "duplicate"}) + "\n" for row in gone.to_pylist())
+    gone = table.take(pa.array(np.setdiff1d(np.arange(table.num_rows), first))).select(["slide", "file", "x", "y"])
+    lines = "".join(json.dumps({**row, "reason": "duplicate"}) + "\n" for row in gone.to_pylist())
     return table.take(pa.array(first)), lines
 
 

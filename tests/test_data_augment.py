@@ -31,7 +31,8 @@ def farthest(one: np.ndarray, other: np.ndarray) -> float:
 
 # ---- where they come from
 
-@pytest.mark.parametrize(("seed", "epoch", "view", "position"), [(0, 0, 0, 0), (7, 3, 1, 12_345), (2**63 - 1, 9, 5, 2**40)])
+@pytest.mark.parametrize(("seed", "epoch", "view", "position"),
+                         [(0, 0, 0, 0), (7, 3, 1, 12_345), (2**63 - 1, 9, 5, 2**40)])
 def test_the_uniforms_of_a_position_come_from_the_documented_key_and_counter(seed: int, epoch: int, view: int,
                                                                              position: int) -> None:
     generator = np.random.Generator(np.random.Philox(key=[seed, epoch], counter=[16 * position, 0, view, 0]))
@@ -43,7 +44,8 @@ def test_the_uniforms_have_not_been_renumbered() -> None:
     found = augment.uniforms(7, 3, 1, 1000, 2)
     assert found[0, :3].tolist() == [0.9786030175186533, 0.9501253342155412, 0.2807778298131136]
     assert found[1, -2:].tolist() == [0.9502267740761314, 0.7471914392257091]
-    assert augment.boxes(found, (0.2, 1.0), (0.75, 4 / 3))[0] == pytest.approx([0.13537447805143113, 0.015564320397638136, 0.6395440348931474, 0.6639453121026063], abs=1e-12)
+    assert augment.boxes(found, (0.2, 1.0), (0.75, 4 / 3))[0] == \
+        pytest.approx([0.13537447805143113, 0.015564320397638136, 0.6395440348931474, 0.6639453121026063], abs=1e-12)
 
 
 def test_a_slice_of_the_uniforms_is_the_uniforms_of_the_slice() -> None:
@@ -165,7 +167,8 @@ def test_zero_strength_and_zero_chance_leave_every_pixel_where_it_is() -> None:
 
 # ---- what the maps do to a pixel
 
-def plainly(pixel: np.ndarray, bright: float, contrast: float, saturation: float, turn: float, grey: bool) -> list[float]:
+def plainly(pixel: np.ndarray, bright: float, contrast: float, saturation: float, turn: float,
+            grey: bool) -> list[float]:
     """Brightness, contrast about mid grey, saturation, hue, grey: one pixel, one step after the other."""
     red, green, blue = ((value * (1 + bright) - 0.5) * (1 + contrast) + 0.5 for value in pixel)
     luma = 0.299 * red + 0.587 * green + 0.114 * blue
@@ -245,7 +248,8 @@ def test_a_views_stain_scales_by_one_plus_or_minus_and_shifts_by_plus_or_minus()
         shift = [0.25 * (2 * u[row, 36 + place] - 1) for place in range(3)]
         pixel = [200, 90, 160]
         density = -np.log(np.array(pixel) / 255)
-        assert maps[row, :, :3] @ density + maps[row, :, 3] == pytest.approx(beer_lambert(pixel, scale, shift), abs=1e-9)
+        assert maps[row, :, :3] @ density + maps[row, :, 3] == \
+            pytest.approx(beer_lambert(pixel, scale, shift), abs=1e-9)
 
 
 def test_an_interval_that_runs_backwards_is_named() -> None:

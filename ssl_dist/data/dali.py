@@ -15,7 +15,10 @@ from nvidia.dali.pipeline import Pipeline
 from ssl_dist.data.augment import Numbers
 from ssl_dist.data.batch import View
 
-NAMES = ("box", "stain", "stain_offset", "colour", "colour_offset", "sigma", "window", "solarise", "flip")
+# The inputs of a view, each with the setting that switches its step on. DALI prunes inputs that nothing reads, and then
+# refuses to be fed them.
+NEEDS = {"box": "size", "stain": "stain", "stain_offset": "stain", "colour": "size", "colour_offset": "size",
+         "sigma": "blur", "window": "blur", "solarise": "solarise", "flip": "size"}
 
 
 class Decoder:
@@ -56,7 +59,7 @@ class Drawer:
         self._pipeline.build()
 
     def _view(self, number: int, view: View, pictures: Any, shape: Any) -> Any:
-        fed = {name: fn.external_source(name=f"{name}{number}") for name in NAMES}
+        fed = {name: fn.external_source(name=f"{name}{number}") for name in _inputs(view)}
         sides = fn.cast(fn.stack(shape[1], shape[0]), dtype=types.FLOAT)
         size = dmath.max(dmath.floor(fed["box"][2:4] * sides + 0.5), 1.0)
         start = dmath.min(dmath.floor(fed["box"][0:2] * sides + 0.5), sides - size)
@@ -79,9 +82,10 @@ class Drawer:
     def __call__(self, encoded: list[np.ndarray], numbers: list[Numbers]) -> list[Any]:
         """One DALI tensor of uint8 (N, size, size, 3) a view; RuntimeError where a tile cannot be decoded."""
         self._pipeline.feed_input("encoded", encoded)
-        for number, each in enumerate(numbers):
-            for name, value in _fed(each, len(encoded)).items():
-                self._pipeline.feed_input(f"{name}{number}", value)
+        for number, (view, each) in enumerate(zip(self.views, numbers, strict=True)):
+            values = _values(each)
+            for name in _inputs(view):
+                self._pipeline.feed_input(f"{name}{number}", values[name])
         return [output.as_tensor() for output in self._pipeline.run()]
 
 
@@ -89,11 +93,14 @@ def _pixels(values: Any) -> Any:
     return fn.cast(dmath.clamp(values, 0.0, 255.0), dtype=types.UINT8)      # rounds to nearest
 
 
-def _fed(numbers: Numbers, count: int) -> dict[str, np.ndarray]:
+def _inputs(view: View) -> list[str]:
+    return [name for name, setting in NEEDS.items() if getattr(view, setting)]
+
+
+def _values(numbers: Numbers) -> dict[str, np.ndarray]:
     """The numbers in DALI's types: contiguous, float32 or int32, one row a sample."""
-    stain = numbers.stain_N34 if numbers.stain_N34.shape[1] else np.zeros((count, 3, 4))
     window = np.where(numbers.sigma_N > 0, 2 * np.ceil(3 * numbers.sigma_N) + 1, 1)
-    floats = {"box": numbers.box_N4, "stain": stain[:, :, :3], "stain_offset": stain[:, :, 3],
+    floats = {"box": numbers.box_N4, "stain": numbers.stain_N34[:, :, :3], "stain_offset": numbers.stain_N34[:, :, 3],
               "colour": numbers.colour_N34[:, :, :3], "colour_offset": numbers.colour_N34[:, :, 3] * 255,
               "sigma": np.where(numbers.sigma_N > 0, numbers.sigma_N, 1)}
     whole = {"window": window, "solarise": numbers.solarise_N, "flip": numbers.flip_N2}
