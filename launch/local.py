@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -15,11 +16,12 @@ CPU_RANKS = 2       # enough to be distributed, few enough for a laptop
 # torchrun answers every failed rank with a page of its own traceback, below which the rank's one line is lost.
 TORCHRUN = """
 import sys
+from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import main
 try:
     main(sys.argv[1:])
-except ChildFailedError:
+except (ChildFailedError, SignalException):
     sys.exit(1)
 """
 
@@ -62,13 +64,29 @@ def run(job: Job, arguments: list[str], run_folder: Path | None) -> int:
     environment.setdefault("OMP_NUM_THREADS", str(max(1, cores // ranks(job))))
     debug = "--debug" in arguments
     environment.setdefault("LOGLEVEL", "WARNING" if debug else "CRITICAL")      # of torchrun's agent
-    finished = subprocess.run(command(job, arguments, debug), env=environment, check=False)
-    if finished.returncode == 0 or run_folder is None:
-        return finished.returncode
+    code = _wait(subprocess.Popen(command(job, arguments, debug), env=environment))
+    if code == 0 or run_folder is None:
+        return code
     try:
-        return int(json.loads((run_folder / "run.json").read_text())["exit_code"] or finished.returncode)
+        return int(json.loads((run_folder / "run.json").read_text())["exit_code"] or code)
     except (OSError, ValueError, KeyError, TypeError):
-        return finished.returncode
+        return code
+
+
+def _wait(torchrun: subprocess.Popen) -> int:
+    """Waits for torchrun, and passes on what we are asked: it gives the ranks half a minute to save."""
+
+    def pass_on(number: int, _: object) -> None:
+        # At a terminal Ctrl-C reaches the whole group, torchrun too; said twice it would end at once.
+        if number != signal.SIGINT or not sys.stdin.isatty():
+            torchrun.send_signal(signal.SIGTERM)
+
+    before = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)}
+    try:
+        return torchrun.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _claim(port: int) -> None:

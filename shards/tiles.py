@@ -221,7 +221,8 @@ class Annotation:
                     rings = [[(x * scale, y * scale) for x, y, *_ in ring] for ring in polygon]
                     xs, ys = zip(*rings[0], strict=True)
                     left, top = max(math.floor(min(xs)), 0), max(math.floor(min(ys)), 0)
-                    right, bottom = min(math.ceil(max(xs) + 1), canvas.width), min(math.ceil(max(ys) + 1), canvas.height)
+                    right, bottom = (min(math.ceil(max(axis)) + 1, side) for axis, side in zip((xs, ys), canvas.size,
+                                                                                               strict=True))
                     # Cut out before it is laid on: what an earlier region drew shows through the holes.
                     stencil = Image.new("1", (max(right - left, 0), max(bottom - top, 0)))
                     for ring, ink in zip(rings, [1] + [0] * len(rings), strict=False):

@@ -191,9 +191,12 @@ def _cut_all(units: list[list[tiles.Source]], settings: Settings, work: Path, pr
 
 def _end_with_parent() -> None:
     """In a worker: ends it with its job, for it would wait for work for ever, and write beside the next job."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+    def watch() -> None:
+        if parent := multiprocessing.parent_process():
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _spool(work: Path, number: int, suffix: str) -> Path:

@@ -11,6 +11,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
+from shards import folder as folders
 from shards import synthetic
 
 PATIENTS, TEST_PATIENTS = 16, 4
@@ -26,10 +27,17 @@ class DemoFailed(RuntimeError):
         self.exit_code = exit_code
 
 
+class OtherSeed(ValueError):
+    """The folder holds the demo of another seed."""
+
+    exit_code = 2
+
+
 def demo(folder: Path, seed: int) -> int:
     """Runs what is missing, and prints figures and places; a second call only prints them."""
     console, started = Console(), time.monotonic()
     slides, shards, run = folder / "slides", folder / "shards", folder / "run"
+    _same_seed(folder, seed)
     _paint(slides, seed, console)
     training = ["launch", "local", "--", "train", "demo", f"run={run}", f"data.shards=[{shards}]", f"seed={seed}"]
     _stage(console, "cut the slides into shards", ["shard", "shards/demo", f"source={slides}", f"out={shards}"])
@@ -43,6 +51,14 @@ def demo(folder: Path, seed: int) -> int:
     _stage(console, "write the report", ["report", str(run)])
     _summary(console, folder, run, time.monotonic() - started)
     return 0
+
+
+def _same_seed(folder: Path, seed: int) -> None:
+    """One folder, one seed: slides of one and a run of another would be a demo of neither."""
+    note = folders.make(folder) / "seed"
+    if note.exists() and note.read_text().strip() != str(seed):
+        raise OtherSeed(f"{folder} was made with seed {note.read_text().strip()}, not {seed}; choose another folder")
+    folders.write(note, f"{seed}\n")
 
 
 def _paint(slides: Path, seed: int, console: Console) -> None:

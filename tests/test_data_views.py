@@ -30,7 +30,7 @@ STEPS = {
     "grey": replace(PLAIN, grey=1),
     "blur": replace(PLAIN, blur=1, sigma=(0.1, 3.0)),
     "blur or not": replace(PLAIN, blur=0.5),
-    "blur wider than the view": replace(PLAIN, size=8, blur=1, sigma=(2.0, 9.0)),
+    "blur wider than the view": replace(PLAIN, size=24, blur=1, sigma=(4.0, 9.0)),
     "solarise": replace(PLAIN, solarise=0.6),
     "all": ALL,
     "all, larger": replace(ALL, size=150),
@@ -91,7 +91,7 @@ def twin(image: np.ndarray, numbers: Numbers, row: int, size: int) -> np.ndarray
     return picture[::-1] if numbers.flip_N2[row, 1] else picture
 
 
-def compare(drawn: np.ndarray, images: list[np.ndarray], numbers: Numbers, view: View) -> None:
+def compare(drawn: np.ndarray, images: list[np.ndarray], numbers: Numbers, view: View, average: float) -> None:
     """Holds a kernel's views against the twin's: rounding may differ, pictures may not."""
     assert drawn.dtype == np.uint8
     assert drawn.shape == (len(images), view.size, view.size, 3)
@@ -100,7 +100,7 @@ def compare(drawn: np.ndarray, images: list[np.ndarray], numbers: Numbers, view:
         apart = np.abs(drawn[row].astype(int) - expected)
         # A level lost to fixed point before the colour map comes out as large as the map makes it.
         gain = max(1.0, float(np.abs(numbers.colour_N34[row][:, :3]).sum(axis=1).max()))
-        assert apart.mean() < 0.6 * gain, f"tile {row}: {apart.mean():.2f} grey levels on average"
+        assert apart.mean() < average, f"tile {row}: {apart.mean():.2f} grey levels on average"
         assert apart.max() <= 2 + gain, f"tile {row}: {apart.max()} grey levels"
 
 
@@ -120,12 +120,13 @@ def real(data: Path) -> list[np.ndarray]:
 
 def of_all_sizes(data: Path) -> list[np.ndarray]:
     """Twelve real tiles, lying and standing, of twelve sizes."""
-    (large, *_) = sorted((data / "osteosarcoma_tcia_1024px").rglob("*.jpg"))
-    tissue = np.asarray(Image.open(large).convert("RGB"))
+    (large, *_) = sorted((data / "osteosarcoma_tcia_1024px/Viable").glob("*.jpg"))
+    tissue = np.asarray(Image.open(large).convert("RGB"))[400:, 400:]
     sides = [(96, 96), (61, 200), (200, 61), (333, 250), (31, 31), (500, 499), (64, 65), (17, 90), (128, 256), (7, 9),
              (224, 224), (301, 77)]
-    return [png(np.ascontiguousarray(tissue[number:number + tall, 2 * number:2 * number + wide]))
-            for number, (tall, wide) in enumerate(sides)]
+    cut = [tissue[number:number + tall, 2 * number:2 * number + wide] for number, (tall, wide) in enumerate(sides)]
+    assert min(each.std() for each in cut) > 10, "a tile is blank and proves nothing"
+    return [png(np.ascontiguousarray(each)) for each in cut]
 
 
 @pytest.fixture(scope="module")
@@ -160,7 +161,7 @@ def test_opencv_draws_what_the_twin_draws(step: str, tiles: list, uneven: list, 
     view = STEPS[step]
     for images in (decoded(tiles), decoded(uneven)):
         numbers = chosen(view, len(images))
-        compare(opencv.views(images, numbers, view.size, pool), images, numbers, view)
+        compare(opencv.views(images, numbers, view.size, pool), images, numbers, view, average=0.6)
 
 
 @pytest.mark.parametrize("step", STEPS)
@@ -171,7 +172,7 @@ def test_dali_draws_what_the_twin_draws(step: str, tiles: list, uneven: list) ->
     for encoded in (tiles, uneven):
         numbers = chosen(view, len(encoded))
         (drawn,) = drawer(encoded, [numbers])
-        compare(np.array(drawn), decoder(encoded), numbers, view)
+        compare(np.array(drawn), decoder(encoded), numbers, view, average=0.05)    # it calculates in floats
 
 
 def test_dali_draws_every_view_with_its_own_numbers(tiles: list) -> None:
@@ -180,7 +181,7 @@ def test_dali_draws_every_view_with_its_own_numbers(tiles: list) -> None:
     drawn = dali.Drawer(views, 16, 2, None)(tiles, numbers)
     images = dali.Decoder(16, 2)(tiles)
     for each, own, view in zip(drawn, numbers, views, strict=True):
-        compare(np.array(each), images, own, view)
+        compare(np.array(each), images, own, view, average=0.05)
 
 
 def test_dalis_views_are_not_overwritten_by_the_next_call(tiles: list) -> None:
@@ -230,7 +231,8 @@ def test_the_decoder_decodes_as_pillow_does(tiles: list, uneven: list, data: Pat
     grey = io.BytesIO()
     Image.fromarray(decoded(tiles)[0]).convert("L").save(grey, "JPEG", quality=95)
     (large, *_) = sorted((data / "osteosarcoma_tcia_1024px").rglob("*.jpg"))
-    encoded = [*tiles[:8], *uneven[:6], np.frombuffer(grey.getvalue(), dtype=np.uint8), np.fromfile(large, dtype=np.uint8)]
+    encoded = [*tiles[:8], *uneven[:6], np.frombuffer(grey.getvalue(), dtype=np.uint8),
+               np.fromfile(large, dtype=np.uint8)]
     found = dali.Decoder(16, 2)(encoded)
     assert len(found) == len(encoded)
     for mine, theirs in zip(found, decoded(encoded), strict=True):
@@ -253,7 +255,7 @@ def test_what_was_decoded_is_not_overwritten_by_the_next_call(tiles: list) -> No
 @pytest.mark.parametrize("broken", ["garbage", "header alone", "text"])
 def test_a_broken_image_is_an_error_and_the_decoder_works_on(broken: str, tiles: list) -> None:
     content = {"garbage": np.random.default_rng(0).integers(0, 256, 3000, dtype=np.uint8),
-               "header alone": tiles[0][:30], "text": np.frombuffer(b"this is no picture at all", dtype=np.uint8)}[broken]
+               "header alone": tiles[0][:30], "text": np.frombuffer(b"no picture at all", dtype=np.uint8)}[broken]
     decoder = dali.Decoder(16, 2)
     good = decoder(tiles)
     for _ in range(3):

@@ -38,7 +38,7 @@ MAY_IMPORT = {
                       "shards"],
     "ssl_dist.report": ["ssl_dist.report"],
     "ssl_dist.doctor": [],
-    "ssl_dist.demo": ["shards.synthetic"],
+    "ssl_dist.demo": ["shards.synthetic", "shards.folder"],
     "ssl_dist.train": ["ssl_dist", "shards"],
     "ssl_dist.cli": ["ssl_dist", "shards", "launch"],
     "ssl_dist.__main__": ["ssl_dist.cli"],

@@ -1,0 +1,188 @@
+"""Batches: resumed, shared among ranks and held against the parts they are made of; and what a bad tile does."""
+
+import shutil
+import threading
+import zlib
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from shards import index
+from shards.index import ShardError
+from ssl_dist.data import augment, dali, opencv
+from ssl_dist.data.batch import Batch, View
+from ssl_dist.data.loader import Loader
+from ssl_dist.data.reader import Reader
+from ssl_dist.data.stream import Stream
+
+BATCH = 12          # five steps an epoch of the painted shards
+VIEWS = (View(size=48, stain=0.1), View(size=32, scale=(0.05, 0.3), solarise=0.2))
+made: list[Loader] = []
+
+
+@pytest.fixture(autouse=True)
+def _closed() -> Iterator[None]:
+    yield
+    while made:
+        made.pop().close()
+
+
+def loader(shard: Path, *, split: str = "train", rank: int = 0, world: int = 1, ahead: int = 3,
+           views: tuple[View, ...] = VIEWS, batch: int = BATCH) -> Loader:
+    reader = Reader([shard], split)
+    made.append(Loader(reader, Stream(reader.counts, seed=5, window=2, batch=batch), views, rank=rank, world=world,
+                       device=torch.device("cpu"), threads=2, ahead=ahead))
+    return made[-1]
+
+
+def equal(one: Batch, other: Batch) -> bool:
+    return (np.array_equal(one.rows, other.rows) and np.array_equal(one.positions, other.positions)
+            and all(map(np.array_equal, one.boxes, other.boxes)) and all(map(torch.equal, one.views, other.views)))
+
+
+def broken(shard: Path, copy: Path, rows: list[int], content: bytes = b"this was never a picture ") -> None:
+    """A copy of a shard folder in which the images of `rows` are garbage, and the index knows no better."""
+    shutil.copytree(shard, copy)
+    columns = index.samples(copy).to_pydict()
+    for row in rows:
+        size = columns["size"][row]
+        garbage = (content * size)[:size]
+        with (copy / index.read(copy).tars[columns["tar"][row]].name).open("r+b") as handle:
+            handle.seek(columns["offset"][row])
+            handle.write(garbage)
+        columns["crc32"][row] = zlib.crc32(garbage)
+    index.write_samples(copy, columns)
+
+
+def test_a_batch_is_made_of_the_tiles_and_numbers_of_its_step(shard: Path) -> None:
+    mine = loader(shard)
+    step = mine.stream.steps_an_epoch + 1                       # the second step of the second epoch
+    (batch,) = mine.batches(step, step + 1)
+    assert batch.positions.tolist() == list(range(BATCH, 2 * BATCH))
+    assert batch.rows.tolist() == mine.reader.rows(*mine.stream.locate(1, batch.positions)).tolist()
+    images = dali.Decoder(1, 1)
+    for number, view in enumerate(VIEWS):
+        assert batch.views[number].shape == (BATCH, view.size, view.size, 3)
+        for place in range(BATCH):
+            u = augment.uniforms(5, 1, number, BATCH + place, 1)
+            numbers = augment.numbers(view, u)
+            expected = np.empty((view.size, view.size, 3), dtype=np.uint8)
+            opencv.draw(images(mine.reader.read(batch.rows[[place]]))[0], numbers, 0, view.size, expected)
+            assert np.array_equal(batch.views[number][place].numpy(), expected)
+            assert batch.boxes[number][place] == pytest.approx(numbers.box_N4[0], abs=0)
+
+
+def test_resuming_gives_the_later_part_of_the_same_batches(shard: Path) -> None:
+    steps = loader(shard).stream.steps_an_epoch + 3             # across the end of an epoch
+    whole = list(loader(shard).batches(0, steps))
+    assert len(whole) == steps
+    for start in (1, 4, steps - 2):
+        later = list(loader(shard).batches(start, steps))
+        assert len(later) == steps - start
+        assert all(map(equal, later, whole[start:]))
+
+
+@pytest.mark.parametrize("world", [2, 3, 4])
+def test_the_shares_of_all_ranks_are_the_batch_of_one(shard: Path, world: int) -> None:
+    alone = list(loader(shard).batches(0, 3))
+    ranks = [list(loader(shard, rank=rank, world=world).batches(0, 3)) for rank in range(world)]
+    for step, whole in enumerate(alone):
+        parts = [rank[step] for rank in ranks]
+        assert np.concatenate([part.rows for part in parts]).tolist() == whole.rows.tolist()
+        assert np.concatenate([part.positions for part in parts]).tolist() == whole.positions.tolist()
+        for number, view in enumerate(whole.views):
+            assert torch.equal(torch.cat([part.views[number] for part in parts]), view)
+            assert np.array_equal(np.concatenate([part.boxes[number] for part in parts]), whole.boxes[number])
+
+
+def test_an_epoch_of_batches_visits_every_tile_of_the_split_but_the_tail(shard: Path) -> None:
+    mine = loader(shard, views=(replace(VIEWS[0], size=8, blur=0, stain=0),))
+    seen = np.concatenate([batch.rows for batch in mine.batches(0, mine.stream.steps_an_epoch)])
+    assert len(set(seen.tolist())) == len(seen) == mine.stream.steps_an_epoch * BATCH
+    assert set(seen.tolist()) <= set(mine.reader.all_rows().tolist())
+    assert len(mine.reader.all_rows()) - len(seen) < BATCH
+
+
+@pytest.mark.parametrize("ahead", [1, 3, 64])
+def test_how_far_ahead_batches_are_made_changes_nothing(shard: Path, ahead: int) -> None:
+    expected = [loader(shard).make(step) for step in range(6)]
+    assert all(map(equal, loader(shard, ahead=ahead).batches(0, 6), expected))
+
+
+def test_batches_handed_out_are_not_overwritten(shard: Path) -> None:
+    mine = loader(shard)
+    kept = []
+    for batch in mine.batches(0, 8):
+        kept.append((batch, [view.clone() for view in batch.views]))
+    for batch, copies in kept:
+        assert all(map(torch.equal, batch.views, copies))
+
+
+def test_a_tile_that_cannot_be_decoded_is_named(shard: Path, tmp_path: Path) -> None:
+    sound = loader(shard)
+    assert sound.stream.steps_an_epoch > 3
+    victim = int(sound.make(2).rows[7])
+    broken(shard, tmp_path / "broken", [victim])
+    mine = loader(tmp_path / "broken")
+    key, slide = (sound.reader.column(name, np.array([victim]))[0] for name in ("key", "slide"))
+    received = 0
+    with pytest.raises(ShardError, match="cannot be decoded") as refused:
+        for batch in mine.batches(0, 6):
+            assert equal(batch, sound.make(received))
+            received += 1
+    assert received == 2, "the batches before the bad tile's were lost"
+    assert repr(key) in str(refused.value)
+    assert repr(slide) in str(refused.value)
+    assert refused.value.exit_code == 3
+    assert equal(mine.make(3), sound.make(3)), "after a bad tile the loader gives other batches"
+
+
+def test_of_several_ranks_only_the_one_with_the_bad_tile_fails(shard: Path, tmp_path: Path) -> None:
+    victim = int(loader(shard).make(0).rows[-1])
+    broken(shard, tmp_path / "broken", [victim])
+    loader(tmp_path / "broken", rank=0, world=2).make(0)
+    with pytest.raises(ShardError, match="cannot be decoded"):
+        loader(tmp_path / "broken", rank=1, world=2).make(0)
+
+
+def test_a_tile_that_changed_on_disk_ends_the_batches(shard: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(shard, copy)
+    mine = loader(copy)
+    victim = mine.make(1).rows[[3]]
+    columns = {name: mine.reader.column(name, victim)[0] for name in ("tar", "offset", "key")}
+    with mine.reader.tars[columns["tar"]].open("r+b") as handle:
+        handle.seek(columns["offset"] + 40)
+        byte = handle.read(1)[0]
+        handle.seek(columns["offset"] + 40)
+        handle.write(bytes([byte ^ 255]))
+    with pytest.raises(ShardError, match="changed on disk") as refused:
+        list(mine.batches(0, 6))
+    assert repr(columns["key"]) in str(refused.value)
+
+
+def test_closing_with_batches_in_flight_ends(shard: Path) -> None:
+    before = threading.active_count()
+    mine = loader(shard, ahead=8)
+    batches = mine.batches(0, 1000)
+    next(batches)
+    made.remove(mine)
+    closing = threading.Thread(target=mine.close, daemon=True)
+    closing.start()
+    closing.join(timeout=60)
+    assert not closing.is_alive(), "closing waits for ever"
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith(("batch", "view"))]
+    assert threading.active_count() <= before
+    batches.close()
+
+
+def test_a_loop_that_is_left_early_leaves_nothing_waiting(shard: Path) -> None:
+    mine = loader(shard, ahead=6)
+    for batch in mine.batches(0, 1000):
+        assert len(batch.rows) == BATCH
+        break
+    assert equal(next(mine.batches(5, 6)), mine.make(5))

@@ -1,0 +1,218 @@
+"""The catalogue and the bytes of shard folders, against tarfile and plain lists."""
+
+import json
+import shutil
+import tarfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from shards import index
+from shards.index import ShardError, Tar
+from ssl_dist.data.reader import Reader
+
+SPLITS = ("train", "test", "")
+
+
+def pack(folder: Path, *, tars: int, name: str = "made", seed: int = 0) -> list[dict]:
+    """A shard folder of noise, packed by tarfile: every fifth tar empty; returns a dict a sample."""
+    rng = np.random.default_rng(seed)
+    folder.mkdir()
+    rows, listed = [], []
+    for number in range(tars):
+        path = folder / f"{name}-{number:06d}.tar"
+        for member in range(int(rng.integers(1, 10)) if number % 5 else 0):
+            rows.append({"key": f"{name}_{number}_{member}", "tar": number, "split": SPLITS[int(rng.integers(3))],
+                         "bytes": rng.bytes(int(rng.integers(1, 2000)))})
+        mine = [row for row in rows if row["tar"] == number]
+        with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
+            for row in mine:
+                (folder / "member").write_bytes(row["bytes"])
+                tar.add(folder / "member", f"{row['key']}.jpg")
+        with tarfile.open(path) as tar:
+            for row in mine:
+                row["offset"] = tar.getmember(f"{row['key']}.jpg").offset_data
+        listed.append(Tar(path.name, len(mine), path.stat().st_size, "not looked at"))
+    (folder / "member").unlink(missing_ok=True)
+    count = len(rows)
+    index.write_samples(folder, {
+        "key": [row["key"] for row in rows], "tar": [row["tar"] for row in rows],
+        "offset": [row["offset"] for row in rows], "size": [len(row["bytes"]) for row in rows],
+        "crc32": [zlib.crc32(row["bytes"]) for row in rows], "dataset": [name] * count,
+        "slide": [f"S{number}" for number in range(count)], "patient": ["P0"] * count,
+        "x": range(count), "y": range(count), "mpp": [0.5] * count, "label": [-1] * count,
+        "split": [row["split"] for row in rows], "stain": ["H&E"] * count, "organ": [""] * count,
+        "encoding": ["source"] * count, "digest": [bytes(16)] * count})
+    index.write(folder, index.Index([{"name": name, "classes": []}], {}, "a fingerprint", listed))
+    return rows
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Path], list[dict]]:
+    """Three folders as one catalogue, and its rows as plain dicts."""
+    root = tmp_path_factory.mktemp("reader")
+    paths, rows = [root / "a", root / "b", root / "c"], []
+    for number, (path, tars) in enumerate(zip(paths, (7, 1, 12), strict=True)):
+        rows += pack(path, tars=tars, name=f"set{number}", seed=number)
+    return paths, rows
+
+
+def flip(path: Path, place: int) -> None:
+    with path.open("r+b") as handle:
+        handle.seek(place)
+        byte = handle.read(1)[0]
+        handle.seek(place)
+        handle.write(bytes([byte ^ 1]))
+
+
+@pytest.mark.parametrize("split", ["", "train", "test"])
+def test_several_folders_are_one_catalogue_and_a_split_is_its_rows(folders: tuple, split: str) -> None:
+    paths, rows = folders
+    reader = Reader(paths, split)
+    wanted = [number for number, row in enumerate(rows) if row["split"] == split or not split]
+    assert reader.all_rows().tolist() == wanted
+    assert reader.column("key", reader.all_rows()) == [rows[number]["key"] for number in wanted]
+    assert reader.counts.sum() == len(wanted)
+    assert len(reader.counts) == len(reader.tars) == 20
+    assert reader.splits() == ["", "test", "train"]
+    reader.close()
+
+
+@pytest.mark.parametrize("split", ["", "train", "test"])
+def test_a_member_of_a_tar_within_a_split_is_found_in_the_catalogue(folders: tuple, split: str) -> None:
+    paths, rows = folders
+    reader = Reader(paths, split)
+    expected = {}
+    for number, row in enumerate(rows):
+        if row["split"] == split or not split:
+            path = paths[int(row["key"][3])] / f"{row['key'][:4]}-{row['tar']:06d}.tar"
+            expected.setdefault(path, []).append(number)
+    for tar, path in enumerate(reader.tars):
+        members = expected.get(path, [])
+        assert reader.counts[tar] == len(members)
+        assert reader.rows(np.full(len(members), tar), np.arange(len(members))).tolist() == members
+    reader.close()
+
+
+def test_the_bytes_are_what_tarfile_reads(folders: tuple) -> None:
+    paths, rows = folders
+    reader = Reader(paths)
+    content = {}
+    for path in paths:
+        for tar in path.glob("*.tar"):
+            with tarfile.open(tar) as opened:
+                content |= {member.name: opened.extractfile(member).read() for member in opened}
+    order = np.random.default_rng(0).permutation(len(rows))
+    for number, image in zip(order, reader.read(order), strict=True):
+        assert image.dtype == np.uint8
+        assert image.tobytes() == content[f"{rows[number]['key']}.jpg"]
+    reader.close()
+
+
+def test_the_writers_own_folder_reads_as_tarfile_reads_it(shard: Path) -> None:
+    reader = Reader([shard], "test")
+    rows = reader.all_rows()[::5]
+    keys, places = reader.column("key", rows), reader.column("tar", rows)
+    for key, place, image in zip(keys, places, reader.read(rows), strict=True):
+        with tarfile.open(shard / reader.indexes[0].tars[place].name) as tar:
+            assert tar.extractfile(f"{key}.jpg").read() == image.tobytes()
+            assert json.load(tar.extractfile(f"{key}.json"))["split"] == "test"
+    reader.close()
+
+
+def test_a_column_comes_back_in_the_order_of_the_rows_asked_for(folders: tuple) -> None:
+    paths, rows = folders
+    reader = Reader(paths)
+    asked = np.array([len(rows) - 1, 0, 5, 5, len(rows) // 2])
+    assert reader.column("split", asked) == [rows[number]["split"] for number in asked]
+    assert reader.column("size", asked) == [len(rows[number]["bytes"]) for number in asked]
+    reader.close()
+
+
+def test_more_tars_than_may_be_open_are_read_all_the_same(folders: tuple) -> None:
+    paths, rows = folders
+    reader = Reader(paths)
+    reader._open_limit = 3
+    for number in [*range(len(rows)), *reversed(range(len(rows)))]:
+        assert reader.read(np.array([number]))[0].tobytes() == rows[number]["bytes"]
+        assert len(reader._open) <= 3
+    reader.close()
+    assert not reader._open
+
+
+def test_a_flipped_byte_is_refused_with_the_tar_and_the_key(tmp_path: Path) -> None:
+    rows = pack(tmp_path / "shards", tars=4)
+    victim = next(number for number, row in enumerate(rows) if row["tar"] == 2)
+    path = tmp_path / "shards/made-000002.tar"
+    flip(path, rows[victim]["offset"] + len(rows[victim]["bytes"]) // 2)
+    reader = Reader([tmp_path / "shards"])
+    with pytest.raises(ShardError) as refused:
+        reader.read(np.arange(len(rows)))
+    assert str(path) in str(refused.value)
+    assert repr(rows[victim]["key"]) in str(refused.value)
+    assert refused.value.exit_code == 3
+    others = np.array([number for number in range(len(rows)) if number != victim])
+    assert [image.tobytes() for image in reader.read(others)] == [rows[number]["bytes"] for number in others]
+    reader.close()
+
+
+def test_a_tar_cut_short_while_it_is_read_is_refused(tmp_path: Path) -> None:
+    rows = pack(tmp_path / "shards", tars=4)
+    reader = Reader([tmp_path / "shards"])
+    reader.read(np.arange(len(rows)))
+    with (tmp_path / "shards/made-000003.tar").open("r+b") as handle:
+        handle.truncate(rows[-1]["offset"] + 1 if len(rows[-1]["bytes"]) > 1 else rows[-1]["offset"])
+    with pytest.raises(ShardError, match=r"made-000003\.tar changed on disk"):
+        reader.read(np.array([len(rows) - 1]))
+    reader.close()
+
+
+@pytest.mark.parametrize(("harm", "said"), [
+    (lambda tar: tar.unlink(), "is missing"),
+    (lambda tar: tar.write_bytes(tar.read_bytes()[:-512]), "bytes, should have"),
+    (lambda tar: tar.write_bytes(tar.read_bytes() + bytes(512)), "bytes, should have"),
+    (lambda tar: tar.write_bytes(b""), "has 0 bytes"),
+], ids=["missing", "cut", "longer", "empty"])
+def test_a_tar_that_is_not_what_the_index_says_is_refused_at_opening(tmp_path: Path, harm: object, said: str) -> None:
+    pack(tmp_path / "shards", tars=4)
+    harm(tmp_path / "shards/made-000002.tar")       # type: ignore[operator]
+    with pytest.raises(ShardError, match=r"made-000002\.tar") as refused:
+        Reader([tmp_path / "shards"])
+    assert said in str(refused.value)
+    assert "ssl-dist check" in str(refused.value)
+
+
+def test_a_tar_that_vanishes_after_opening_is_named(tmp_path: Path) -> None:
+    rows = pack(tmp_path / "shards", tars=4)
+    reader = Reader([tmp_path / "shards"])
+    (tmp_path / "shards/made-000003.tar").unlink()
+    with pytest.raises(ShardError, match=r"made-000003\.tar cannot be opened"):
+        reader.read(np.array([len(rows) - 1]))
+    reader.close()
+
+
+def test_a_table_with_other_rows_than_the_index_counts_is_refused(tmp_path: Path) -> None:
+    pack(tmp_path / "shards", tars=4, seed=1)
+    pack(tmp_path / "other", tars=3, seed=1)
+    shutil.copy(tmp_path / "other/samples.arrow", tmp_path / "shards/samples.arrow")
+    with pytest.raises(ShardError, match=r"samples\.arrow has \d+ rows, index\.json counts \d+"):
+        Reader([tmp_path / "shards"])
+
+
+def test_a_split_that_does_not_exist_names_those_that_do(folders: tuple) -> None:
+    with pytest.raises(ShardError) as refused:
+        Reader(folders[0], "valid")
+    for word in ("'valid'", "'train'", "'test'"):
+        assert word in str(refused.value)
+    assert refused.value.exit_code == 3
+
+
+def test_an_unfinished_folder_is_refused(tmp_path: Path) -> None:
+    pack(tmp_path / "shards", tars=2)
+    (tmp_path / "shards/index.json").unlink()
+    with pytest.raises(ShardError, match=r"no index\.json"):
+        Reader([tmp_path / "shards"])
+    with pytest.raises(ShardError, match="no shard folder"):
+        Reader([tmp_path / "nowhere"])
