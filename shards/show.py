@@ -81,5 +81,5 @@ def image(shard: Path, found: index.Index, table: pa.Table, row: int) -> Image.I
 
 def _save(picture: Image.Image, out: Path) -> None:
     buffer = io.BytesIO()
-    picture.save(buffer, "PNG")
+    picture.save(buffer, "PNG", compress_level=1)       # tissue is noise: more takes twice as long for a tenth
     folder.write(out, buffer.getvalue())

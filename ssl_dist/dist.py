@@ -132,7 +132,7 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient_ND: Tensor) -> Tensor:      # type: ignore[override]
-        gradient_ND = gradient_ND.contiguous()
+        gradient_ND = gradient_ND.contiguous().clone()      # autograd may have handed the same tensor to others
         c10d.all_reduce(gradient_ND)
         return gradient_ND[rank() * ctx.share:(rank() + 1) * ctx.share]
 

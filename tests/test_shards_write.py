@@ -86,7 +86,7 @@ def few(tmp_path: Path) -> write.Settings:
 def test_one_worker_writes_the_bytes_that_two_wrote(shard: Path, settings: write.Settings, tmp_path: Path) -> None:
     write.write(replace(settings, out=tmp_path / "out", workers=1))
     assert digests(tmp_path / "out") == digests(shard)
-    assert any(name.startswith("overlays/P00") for name in digests(shard))
+    assert sum(name.startswith("overlays/") for name in digests(shard)) == 4
 
 
 def children(process: int) -> set[int]:
@@ -110,6 +110,7 @@ def test_a_job_killed_again_and_again_ends_with_the_bytes_of_one_that_was_not(sh
         assert process.stdout.readline() == "cutting slides 0 4\n"
         time.sleep(random.uniform(0.8, 3))
         workers = children(process.pid)
+        assert len(workers) >= 2
         process.kill()
         process.wait()
     assert not (mine.out / "index.json").exists()
@@ -172,7 +173,7 @@ def test_a_changed_source_under_a_finished_folder_is_noticed(shard: Path, slides
     drawn.write_text(text)
     assert write.write(mine).untouched
     (source / "P03-S0.svs").unlink()
-    with pytest.raises(write.SettingsChanged, match="files was 4, now 3"):
+    with pytest.raises(write.SettingsChanged, match="files of the source changed"):
         write.write(mine)
 
 
@@ -251,7 +252,8 @@ def test_labels_are_those_of_the_polygons_a_tile_lies_in(shard: Path, slides: Pa
     """Every tile probed at 24 x 24 points by matplotlib's point in polygon, later polygons over earlier ones."""
     polygons = {path.stem: [(feature["properties"]["classification"]["name"],
                              [Outline(ring) for ring in feature["geometry"]["coordinates"]])
-                            for feature in json.loads(path.read_text())["features"]] for path in slides.glob("*.geojson")}
+                            for feature in json.loads(path.read_text())["features"]]
+                for path in slides.glob("*.geojson")}
     classes = json.loads((shard / "index.json").read_text())["datasets"][0]["classes"]
     steps = (np.arange(24) + 0.5) / 24 * 128        # 64 pixels of 1 micrometre are 128 of the slide's
     grid = np.stack(np.meshgrid(steps, steps), axis=-1).reshape(-1, 2)
@@ -315,8 +317,9 @@ def test_an_error_of_the_job_ends_it_before_the_slides_that_wait_are_cut(slides:
     assert len(list((tmp_path / "out" / ".work").glob("*.arrow"))) < 6
 
 
-def test_a_full_disk_ends_the_job_with_what_to_do_and_the_next_call_completes_it(few: write.Settings,
-                                                                                 monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_ends_the_job_with_what_to_do_and_the_next_call_completes_it(
+    few: write.Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 

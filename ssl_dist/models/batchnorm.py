@@ -58,13 +58,10 @@ class SyncBatchNormAct(SyncBatchNorm):
 
 def synchronise(module: nn.Module) -> nn.Module:
     """The module with every BatchNorm inside synchronised; parameters, buffers and their names stay."""
+    if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        return module if isinstance(module, SyncBatchNorm) else _synchronised(module)
     for name, child in module.named_children():
-        if isinstance(child, SyncBatchNorm):
-            continue
-        if isinstance(child, nn.modules.batchnorm._BatchNorm):
-            setattr(module, name, _synchronised(child))
-        else:
-            synchronise(child)
+        setattr(module, name, synchronise(child))
     return module
 
 

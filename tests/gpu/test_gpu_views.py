@@ -1,4 +1,4 @@
-"""The views as the GPU draws them, against the twin in NumPy that also holds the CPU's kernels; and the loader there."""
+"""The views as the GPU draws them, against the twin in NumPy that holds the CPU's kernels too; and the loader there."""
 
 import runpy
 from dataclasses import replace

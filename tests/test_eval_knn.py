@@ -1,0 +1,165 @@
+"""Nearest neighbours and figures of merit against scikit-learn; and what an evaluation refuses."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from sklearn.metrics import accuracy_score, balanced_accuracy_score, confusion_matrix
+from sklearn.neighbors import NearestNeighbors
+
+from shards import index
+from shards.index import ShardError
+from ssl_dist.config import Eval, EvalData
+from ssl_dist.data.reader import Reader
+from ssl_dist.eval import features, knn, metrics
+from ssl_dist.models.encoder import Encoder
+
+QUERIES, BANK, WIDTH, CLASSES = 70, 200, 12, 5
+RANDOM = np.random.default_rng(0)
+
+
+def vectors() -> tuple[np.ndarray, np.ndarray]:
+    return (RANDOM.normal(size=(QUERIES, WIDTH)) * RANDOM.uniform(0.1, 9, (QUERIES, 1)),
+            RANDOM.normal(size=(BANK, WIDTH)) * RANDOM.uniform(0.1, 9, (BANK, 1)))
+
+
+@pytest.mark.parametrize("k", [1, 7, 200])
+@pytest.mark.parametrize("chunk", [1024, 16, 1])
+def test_neighbours_are_those_of_scikit_learn(k: int, chunk: int) -> None:
+    query, bank = vectors()
+    distance, place = NearestNeighbors(n_neighbors=k, metric="cosine", algorithm="brute").fit(bank).kneighbors(query)
+    similarity, places = knn.neighbours(torch.from_numpy(query).float(), torch.from_numpy(bank).float(), k, chunk)
+    assert places.shape == (QUERIES, k)
+    assert similarity.numpy() == pytest.approx(1 - distance, abs=1e-5)
+    assert (places.numpy() == place).mean() > 0.99          # neighbours equally far within float32 may change places
+
+
+@pytest.mark.parametrize("temperature", [0.01, 0.07, 1.0])
+def test_a_vote_is_the_plain_weighted_vote(temperature: float) -> None:
+    similarity = np.sort(RANDOM.uniform(-1, 1, (QUERIES, 9)))[:, ::-1].copy()
+    labels = RANDOM.integers(0, CLASSES, (QUERIES, 9))
+    found = knn.vote(torch.from_numpy(similarity).float(), torch.from_numpy(labels), CLASSES, temperature)
+    for query in range(QUERIES):
+        votes = [math.fsum(math.exp(float(similarity[query, place]) / temperature) for place in range(9)
+                           if labels[query, place] == name) for name in range(CLASSES)]
+        assert int(found[query]) == max(range(CLASSES), key=votes.__getitem__)
+
+
+def test_a_close_neighbour_outvotes_two_far_ones_only_at_a_low_temperature() -> None:
+    similarity, labels = torch.tensor([[0.9, 0.5, 0.5]]), torch.tensor([[2, 1, 1]])
+    assert knn.vote(similarity, labels, 3, 0.07).tolist() == [2]
+    assert knn.vote(similarity, labels, 3, 10.0).tolist() == [1]
+
+
+@pytest.mark.parametrize("missing", [False, True])
+def test_figures_of_merit_are_those_of_scikit_learn(missing: bool) -> None:
+    truth, guess = RANDOM.integers(0, CLASSES - missing, 300), RANDOM.integers(0, CLASSES, 300)
+    guess = np.where(RANDOM.uniform(size=300) < 0.5, truth, guess)
+    truth[truth == 1] = np.where(RANDOM.uniform(size=(truth == 1).sum()) < 0.8, 0, 1)       # one class is rare
+    counts = metrics.confusion(truth, guess, CLASSES)
+    assert np.array_equal(counts, confusion_matrix(truth, guess, labels=range(CLASSES)))
+    assert metrics.accuracy(counts) == pytest.approx(accuracy_score(truth, guess))
+    scored = np.isin(guess, truth)          # scikit-learn warns of classes that are guessed and never true
+    recalls = [float((guess[truth == name] == name).mean()) for name in np.unique(truth)]
+    assert metrics.balanced_accuracy(counts) == pytest.approx(np.mean(recalls))
+    if scored.all():
+        assert metrics.balanced_accuracy(counts) == pytest.approx(balanced_accuracy_score(truth, guess))
+
+
+# ---- the protocol, on painted tiles
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("exported") / "encoder"
+    Encoder("test_resnet", {}, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)).save(folder, 64, {})
+    return folder
+
+
+def settings(encoder: Path, shard: Path, out: Path, **changes: object) -> Eval:
+    return Eval(**{"encoder": encoder, "data": EvalData([shard]), "out": out, "size": 64, "k": 5, "batch": 32,
+                   **changes})      # type: ignore[arg-type]
+
+
+def run(chosen: Eval) -> dict:
+    return knn.run(chosen, torch.device("cpu"), 2, lambda *_: None)
+
+
+def relabelled(shard: Path, copy: Path, **columns: object) -> Path:
+    """The same tars under a table of other words."""
+    copy.mkdir()
+    for path in [shard / "index.json", *shard.glob("*.tar")]:
+        (copy / path.name).symlink_to(path)
+    index.write_samples(copy, index.samples(shard).to_pydict() | columns)
+    return copy
+
+
+def test_the_protocol_gives_what_scikit_learn_makes_of_the_same_features(exported: Path, shard: Path,
+                                                                         tmp_path: Path) -> None:
+    result = run(settings(exported, shard, tmp_path))
+    assert json.loads((tmp_path / "knn.json").read_text()) == result
+    network = knn.encoders.load(exported)
+    found = {}
+    for split in ("train", "test"):
+        own = features.labelled([shard], split)
+        found[split] = (features.extract(network, own, size=64, batch=7, threads=2, device=torch.device("cpu"),
+                                         progress=lambda *_: None).numpy(), own.labels_S.numpy())
+        table = index.samples(shard).filter([word == split and label >= 0 for word, label in zip(
+            *(index.samples(shard)[name].to_pylist() for name in ("split", "label")), strict=True)])
+        assert own.labels_S.tolist() == table["label"].to_pylist()
+        assert own.patients == table["patient"].to_pylist()
+    (bank, known), (query, truth) = found["train"], found["test"]
+    distance, place = NearestNeighbors(n_neighbors=5, metric="cosine", algorithm="brute").fit(bank).kneighbors(query)
+    guess = []
+    for row in range(len(query)):
+        votes = np.zeros(len(result["classes"]))
+        for far, where in zip(distance[row], place[row], strict=True):
+            votes[known[where]] += math.exp((1 - far) / 0.07)
+        guess.append(int(votes.argmax()))
+    apart = np.abs(np.array(result["confusion"]) - confusion_matrix(truth, guess, labels=range(len(votes)))).sum()
+    assert apart <= 2, "more than one tile is told apart otherwise"         # one on the edge may fall either way
+    assert result["metrics"]["accuracy"] == pytest.approx(accuracy_score(truth, guess), abs=1.01 / len(truth))
+    assert result["counts"]["queries"] == len(truth)
+    assert result["counts"]["bank"] == len(known)
+    assert result["baselines"]["random"]["accuracy"] <= 1
+    assert (tmp_path / "knn_neighbours.png").is_file()
+
+
+def test_features_do_not_depend_on_the_size_of_the_batch(exported: Path, shard: Path) -> None:
+    split, network = features.labelled([shard], "test"), knn.encoders.load(exported)
+    whole, parts = (features.extract(network, split, size=64, batch=batch, threads=2, device=torch.device("cpu"),
+                                     progress=lambda *_: None) for batch in (len(split.rows), 5))
+    torch.testing.assert_close(whole, parts, rtol=1e-4, atol=1e-5)
+
+
+def test_a_patient_in_both_splits_is_refused(exported: Path, shard: Path, tmp_path: Path) -> None:
+    table = index.samples(shard)
+    test = next(number for number, split in enumerate(table["split"].to_pylist()) if split == "test")
+    train = next(number for number, split in enumerate(table["split"].to_pylist()) if split == "train")
+    patients = table["patient"].to_pylist()
+    patients[test] = patients[train]
+    both = relabelled(shard, tmp_path / "both", patient=patients)
+    with pytest.raises(ShardError, match="patients are in both 'train' and 'test'") as refused:
+        run(settings(exported, both, tmp_path / "out"))
+    assert refused.value.exit_code == 3
+    assert not (tmp_path / "out").exists()
+
+
+def test_tiles_without_a_label_take_no_part(shard: Path, tmp_path: Path) -> None:
+    labels = index.samples(shard)["label"].to_pylist()
+    splits = index.samples(shard)["split"].to_pylist()
+    some = [index.NO_LABEL if number % 3 else label for number, label in enumerate(labels)]
+    found = features.labelled([relabelled(shard, tmp_path / "some", label=some)], "train")
+    assert found.rows.tolist() == [number for number, split in enumerate(splits) if split == "train" and some[number] >= 0]
+    assert found.labels_S.tolist() == [some[number] for number in found.rows]
+    with pytest.raises(ShardError, match="has a label"):
+        features.labelled([relabelled(shard, tmp_path / "none", label=[index.NO_LABEL] * len(labels))], "train")
+
+
+def test_more_neighbours_than_tiles_are_refused(exported: Path, shard: Path, tmp_path: Path) -> None:
+    count = len(Reader([shard], "train").all_rows())
+    with pytest.raises(ShardError, match=f"k={count + 1} neighbours are more than"):
+        run(settings(exported, shard, tmp_path, k=count + 1))

@@ -1,0 +1,163 @@
+"""BatchNorm over all ranks against torch's own on the whole batch."""
+
+import runpy
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from timm.layers import BatchNormAct2d
+from torch import Tensor, nn
+
+from ssl_dist import dist
+from ssl_dist.models.batchnorm import SyncBatchNorm, SyncBatchNormAct, synchronise
+
+run = runpy.run_path(str(Path(__file__).with_name("ranks.py")))["run"]
+
+SHAPES = {"pictures": (12, 5, 3, 4), "vectors": (12, 7), "sequences": (12, 3, 6), "single": (6, 4)}
+KINDS = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d}
+SETTINGS = {"ordinary": {}, "cumulative": {"momentum": None}, "heavy": {"momentum": 0.7, "eps": 0.1},
+            "bare": {"affine": False}, "forgetful": {"track_running_stats": False}}
+
+
+def norm(shape: tuple[int, ...], settings: dict) -> nn.Module:
+    torch.manual_seed(1)
+    found = KINDS[len(shape)](shape[1], **settings)
+    if found.affine:
+        nn.init.normal_(found.weight)
+        nn.init.normal_(found.bias)
+    return found
+
+
+def given(shape: tuple[int, ...], step: int) -> Tensor:
+    """The whole batch of a step, far from zero: there a variance as a difference of squares would cancel."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(step)) * 3 + 40
+
+
+def share(whole: Tensor) -> Tensor:
+    return whole.chunk(dist.world())[dist.rank()].clone()
+
+
+def global_loss(own: Tensor) -> Tensor:
+    """Every rank computes the same loss of all ranks' rows, and it is not a mean over rows."""
+    whole = dist.gather_with_gradient(own)
+    flat = whole.flatten(1)
+    weights = torch.linspace(-1, 2, flat.numel()).view_as(flat)
+    return (flat.sigmoid() * weights).sum() + (flat @ flat.T).tanh().mean()
+
+
+def train(network: nn.Module, shape: tuple[int, ...], steps: int = 3) -> dict[str, Tensor]:
+    """What a few steps leave behind; gradients of parameters averaged over ranks, as DeepSpeed does."""
+    found = {}
+    for step in range(steps):
+        own = share(given(shape, step)).requires_grad_()
+        for parameter in network.parameters():
+            parameter.grad = None
+        output = network(own)
+        global_loss(output).backward()
+        # A gradient that stays on its rank is world times that of the mean over ranks.
+        found |= {f"output {step}": output.detach(), f"input gradient {step}": own.grad / dist.world()}
+        for name, parameter in network.named_parameters():
+            found[f"gradient {step} {name}"] = torch.stack(dist.gather(parameter.grad)).mean(0)
+    return found | {f"state {name}": value.clone() for name, value in network.state_dict().items()}
+
+
+def small_network() -> nn.Module:
+    torch.manual_seed(2)
+    return nn.Sequential(nn.Conv2d(5, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 6, 1),
+                         BatchNormAct2d(6), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 4), nn.BatchNorm1d(4))
+
+
+def cases() -> dict[str, tuple[nn.Module, tuple[int, ...]]]:
+    alone = {f"{form}, {name}": (norm(shape, settings), shape) for form, shape in SHAPES.items()
+             for name, settings in SETTINGS.items()}
+    return {**alone, "network": (small_network(), (12, 5, 8, 8))}
+
+
+def on_ranks(_: Path) -> dict[str, dict[str, Tensor]]:
+    found = {name: train(synchronise(nn.Sequential(network)), shape) for name, (network, shape) in cases().items()}
+    half = synchronise(nn.Sequential(norm(SHAPES["pictures"], {})))(share(given(SHAPES["pictures"], 0)).bfloat16())
+    resting = synchronise(nn.Sequential(small_network())).eval()(share(given((12, 5, 8, 8), 0)))
+    return {**found, "half": {"output 0": half.detach()}, "resting": {"output 0": resting.detach()}}
+
+
+@pytest.fixture(scope="module")
+def ranked(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list]:
+    return run(on_ranks, (2, 3), tmp_path_factory.mktemp("ranks"))
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_ranks_together_do_what_torchs_batchnorm_does_on_the_whole_batch(world: int, ranked: dict) -> None:
+    ranks = ranked[world]
+    for case, (network, shape) in cases().items():
+        expected = train(nn.Sequential(network), shape)
+        for name, truth in expected.items():
+            found = [rank[case][name] for rank in ranks]
+            if name.startswith(("output", "input")):
+                found = [torch.cat(found)]
+            for each in found:          # parameters and running statistics are the same on every rank
+                apart, size = float((each - truth).abs().max()), max(1.0, float(truth.abs().max()))
+                # Several layers in float32 differ by more than one; a wrong term by a thousand times as much.
+                assert apart < (1e-4 if case == "network" else 2e-5) * size, f"{case}, {name}: {apart} of {size}"
+    half = torch.cat([rank["half"]["output 0"] for rank in ranks])
+    assert half.dtype == torch.bfloat16
+    whole = norm(SHAPES["pictures"], {})(given(SHAPES["pictures"], 0).bfloat16().float())
+    torch.testing.assert_close(half.float(), whole, rtol=0.01, atol=0.02)
+    resting = torch.cat([rank["resting"]["output 0"] for rank in ranks])
+    torch.testing.assert_close(resting, nn.Sequential(small_network()).eval()(given((12, 5, 8, 8), 0)))
+
+
+def test_alone_it_is_torchs_to_the_last_bit() -> None:
+    for case in cases():
+        (network, shape), (twin, _) = cases()[case], cases()[case]
+        found, expected = train(synchronise(nn.Sequential(twin)), shape), train(nn.Sequential(network), shape)
+        assert found.keys() == expected.keys()
+        for name, truth in expected.items():
+            assert torch.equal(found[name], truth), f"{case}: {name}"
+
+
+@pytest.mark.parametrize("name", ["test_resnet", "test_efficientnet", "resnet18"])
+def test_a_network_keeps_its_names_weights_and_answers(name: str) -> None:
+    torch.manual_seed(0)
+    network = timm.create_model(name, num_classes=0)
+    pixels = torch.randn(2, 3, 64, 64)
+    before = {key: value.clone() for key, value in network.state_dict().items()}
+    parameters = dict(network.named_parameters())
+    count = sum(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in network.modules())
+    expected = network.eval()(pixels)
+    synchronised = synchronise(network)
+    assert sum(isinstance(module, SyncBatchNorm) for module in synchronised.modules()) == count > 0
+    assert not [module for module in synchronised.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)
+                and not isinstance(module, SyncBatchNorm)]
+    assert list(synchronised.state_dict()) == list(before)
+    assert all(torch.equal(value, before[key]) for key, value in synchronised.state_dict().items())
+    assert {key: id(value) for key, value in synchronised.named_parameters()} == \
+        {key: id(value) for key, value in parameters.items()}, "an optimizer made before would train dead weights"
+    assert torch.equal(synchronised(pixels), expected)
+    timm.create_model(name, num_classes=0).load_state_dict(synchronised.state_dict())
+
+
+def test_timms_batchnorm_with_its_activation_keeps_it() -> None:
+    (found,) = synchronise(nn.Sequential(BatchNormAct2d(4, act_layer=nn.SiLU)))
+    assert isinstance(found, SyncBatchNormAct)
+    (plain,) = synchronise(nn.Sequential(nn.BatchNorm2d(4)))
+    assert not isinstance(plain, SyncBatchNormAct)
+    pixels = torch.randn(3, 4, 2, 2)
+    assert torch.equal(found(pixels), nn.functional.silu(nn.BatchNorm2d(4)(pixels)))
+
+
+def test_a_batchnorm_by_itself_is_synchronised_and_a_second_time_changes_nothing() -> None:
+    found = synchronise(nn.BatchNorm1d(3))
+    assert isinstance(found, SyncBatchNorm)
+    assert synchronise(found) is found
+    network = synchronise(nn.Sequential(nn.BatchNorm1d(3)))
+    (once,) = network
+    (twice,) = synchronise(network)
+    assert once is twice
+
+
+def test_training_or_resting_is_kept() -> None:
+    (found,) = synchronise(nn.Sequential(nn.BatchNorm2d(4).eval()))
+    assert not found.training
+    (found,) = synchronise(nn.Sequential(nn.BatchNorm2d(4)))
+    assert found.training

@@ -1,0 +1,148 @@
+"""LARS against plain loops, groups by what they hold, and schedules at their ends and in between."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from ssl_dist import optim, schedule
+from ssl_dist.config import Optim
+
+LR, MOMENTUM, DECAY, TRUST = 0.7, 0.9, 0.01, 1e-3
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(16, 5), nn.Linear(5, 2, bias=False))
+
+
+def gradients(step: int) -> list[np.ndarray]:
+    rng = np.random.default_rng(step)
+    return [rng.normal(size=parameter.shape).astype(np.float32) for parameter in network().parameters()]
+
+
+def plain_lars(weights: list[np.ndarray], steps: int, lrs: list[float]) -> list[np.ndarray]:
+    """You et al. 2017 in loops over layers and components; vectors take plain momentum."""
+    weights = [weight.astype(np.float64) for weight in weights]
+    velocities = [np.zeros_like(weight) for weight in weights]
+    for step in range(steps):
+        for weight, velocity, gradient in zip(weights, velocities, gradients(step), strict=True):
+            change = gradient.astype(np.float64)
+            if weight.ndim > 1:
+                change = change + DECAY * weight
+                size = math.sqrt(sum(value * value for value in weight.ravel()))
+                slope = math.sqrt(sum(value * value for value in change.ravel()))
+                change = change * (TRUST * size / slope)
+            velocity *= MOMENTUM
+            velocity += change
+            weight -= lrs[step] * velocity
+    return weights
+
+
+def test_three_steps_of_lars_agree_with_plain_loops() -> None:
+    model = network()
+    optimizer = optim.build(model, Optim(name="lars", lr=LR, momentum=MOMENTUM, weight_decay=DECAY))
+    start = [parameter.detach().numpy().copy() for parameter in model.parameters()]
+    lrs = [LR, 0.5 * LR, 2 * LR]
+    for step, lr in enumerate(lrs):
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        for parameter, gradient in zip(model.parameters(), gradients(step), strict=True):
+            parameter.grad = torch.from_numpy(gradient)
+        optimizer.step()
+    for mine, truth in zip(model.parameters(), plain_lars(start, 3, lrs), strict=True):
+        assert mine.detach().numpy() == pytest.approx(truth, rel=1e-5, abs=1e-7)
+
+
+def test_lars_takes_a_zero_weight_or_a_zero_gradient_as_it_comes() -> None:
+    weight, still, alone = (nn.Parameter(torch.zeros(2, 3)), nn.Parameter(torch.ones(2, 3)), nn.Parameter(torch.ones(2, 3)))
+    optimizer = optim.Lars([weight, still, alone], lr=0.5, momentum=0.0)
+    weight.grad, still.grad = torch.full((2, 3), 2.0), torch.zeros(2, 3)
+    optimizer.step()
+    assert torch.equal(weight.detach(), torch.full((2, 3), -1.0))       # nothing to scale to: the plain step
+    assert torch.equal(still.detach(), torch.ones(2, 3))
+    assert torch.equal(alone.detach(), torch.ones(2, 3))                # it has no gradient at all
+
+
+def test_lars_leaves_the_gradient_as_it_was() -> None:
+    weight = nn.Parameter(torch.ones(2, 3))
+    weight.grad = torch.full((2, 3), 2.0)
+    optim.Lars([weight], lr=0.5, weight_decay=0.1).step()
+    assert torch.equal(weight.grad, torch.full((2, 3), 2.0))
+
+
+def test_matrices_and_kernels_decay_and_vectors_do_not() -> None:
+    model = network()
+    model[4].weight.requires_grad = False
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    decayed, plain = optim.groups(model, 0.05)
+    assert (decayed["weight_decay"], plain["weight_decay"]) == (0.05, 0.0)
+    assert [names[each] for each in decayed["params"]] == ["0.weight", "3.weight"]
+    assert [names[each] for each in plain["params"]] == ["0.bias", "1.weight", "1.bias", "3.bias"]
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd", "lars"])
+def test_every_optimizer_decays_by_what_the_config_says(name: str) -> None:
+    """One step without a gradient to speak of: what shrinks, shrinks by lr times decay; vectors stay."""
+    model = network()
+    optimizer = optim.build(model, Optim(name=name, lr=0.1, momentum=0.0, weight_decay=0.5))
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    shrunk = {"adamw": 1 - 0.1 * 0.5, "sgd": 1 - 0.1 * 0.5}
+    for key, parameter in model.named_parameters():
+        factor = 1.0
+        if parameter.ndim > 1:
+            factor = shrunk.get(name, 1 - 0.1 * TRUST)      # LARS: a layer's step is `trust` of its size
+        torch.testing.assert_close(parameter.detach(), before[key] * factor)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_sgd_with_nesterov_agrees_with_plain_loops(momentum: float) -> None:
+    model = network()
+    optimizer = optim.build(model, Optim(name="sgd", lr=0.1, momentum=momentum, weight_decay=0.0))
+    weights = [parameter.detach().numpy().astype(np.float64) for parameter in model.parameters()]
+    velocities = [np.zeros_like(weight) for weight in weights]
+    for step in range(3):
+        for parameter, gradient in zip(model.parameters(), gradients(step), strict=True):
+            parameter.grad = torch.from_numpy(gradient)
+        optimizer.step()
+        for weight, velocity, gradient in zip(weights, velocities, gradients(step), strict=True):
+            velocity *= momentum
+            velocity += gradient
+            weight -= 0.1 * (gradient + momentum * velocity)
+    for mine, truth in zip(model.parameters(), weights, strict=True):
+        assert mine.detach().numpy() == pytest.approx(truth, rel=1e-5, abs=1e-6)
+
+
+# ---- schedules
+
+def test_a_cosine_starts_and_ends_where_it_is_told_and_is_halfway_in_the_middle() -> None:
+    assert schedule.cosine(0.0, 3.0, 1.0) == pytest.approx(3.0)
+    assert schedule.cosine(0.5, 3.0, 1.0) == pytest.approx(2.0)
+    assert schedule.cosine(1.0, 3.0, 1.0) == pytest.approx(1.0)
+    assert schedule.cosine(1 / 3, 3.0, 1.0) == pytest.approx(2.5)       # cos 60° = 1/2
+    assert schedule.cosine(0.0, 0.996, 1.0) == pytest.approx(0.996)
+    assert schedule.cosine(1.0, 0.996, 1.0) == pytest.approx(1.0)
+    assert schedule.cosine(1.7, 3.0, 1.0) == pytest.approx(1.0)
+    assert schedule.cosine(-0.2, 3.0, 1.0) == pytest.approx(3.0)
+
+
+@pytest.mark.parametrize("warmup", [0.0, 0.05, 0.5, 1.0])
+def test_a_warmup_is_a_straight_line_to_the_peak_and_then_it_only_falls(warmup: float) -> None:
+    peak, end = 0.8, 0.1
+    places = np.linspace(0, 1, 1001)
+    values = np.array([schedule.warmup_cosine(place, peak, end, warmup) for place in places])
+    rising = places < warmup
+    assert values[rising] == pytest.approx(peak * places[rising] / max(warmup, 1e-9))
+    assert (np.diff(values[~rising]) <= 1e-12).all()
+    assert values.max() == pytest.approx(peak)
+    assert schedule.warmup_cosine(warmup, peak, end, warmup) == pytest.approx(peak)
+    assert np.abs(np.diff(values)).max() < 0.02 if warmup in (0.0, 0.5, 1.0) else True, "the rate jumps"
+    if warmup < 1:
+        assert values[-1] == pytest.approx(end)
+        middle = (1 + warmup) / 2
+        assert schedule.warmup_cosine(middle, peak, end, warmup) == pytest.approx((peak + end) / 2)
