@@ -15,10 +15,11 @@ CPU_RANKS = 2       # enough to be distributed, few enough for a laptop
 
 # torchrun answers every failed rank with a page of its own traceback, below which the rank's one line is lost.
 TORCHRUN = """
-import sys
+import logging, sys
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import main
+logging.disable(logging.CRITICAL)
 try:
     main(sys.argv[1:])
 except (ChildFailedError, SignalException):
@@ -62,9 +63,7 @@ def run(job: Job, arguments: list[str], run_folder: Path | None) -> int:
         environment.pop(name, None)
     cores = len(os.sched_getaffinity(0))
     environment.setdefault("OMP_NUM_THREADS", str(max(1, cores // ranks(job))))
-    debug = "--debug" in arguments
-    environment.setdefault("LOGLEVEL", "WARNING" if debug else "CRITICAL")      # of torchrun's agent
-    code = _wait(subprocess.Popen(command(job, arguments, debug), env=environment))
+    code = _wait(subprocess.Popen(command(job, arguments, debug="--debug" in arguments), env=environment))
     if code == 0 or run_folder is None:
         return code
     try:

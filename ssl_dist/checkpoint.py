@@ -55,7 +55,8 @@ def save(root: Path, step: int, engine: Engine, state: dict[str, Any], keep: int
                                                     "files": [file for files, _ in outcomes for file in files]})
         shutil.rmtree(final, ignore_errors=True)        # a folder of this step that did not verify
         folder.publish(draft, final)
-        for old in steps(root)[keep:]:
+        # Higher numbers are damaged folders that this attempt passed over; counting them would throw away sound ones.
+        for old in [older for older in steps(root) if older <= step][keep:]:
             shutil.rmtree(root / name(old))
 
     dist.once(publish)
@@ -68,9 +69,10 @@ def name(step: int) -> str:
 
 
 def steps(root: Path) -> list[int]:
-    """The steps that have a folder with a manifest, the newest first."""
-    return sorted((int(path.parent.name.removeprefix("step-")) for path in root.glob("step-*/MANIFEST.json")),
-                  reverse=True)
+    """The steps that have a folder with a manifest, the newest first; a copy under a name of its own is not one."""
+    folders = [path.parent.name for path in root.glob("step-*/MANIFEST.json")]
+    numbers = [int(number) for number in (each.removeprefix("step-") for each in folders) if number.isdecimal()]
+    return sorted((number for number in numbers if name(number) in folders), reverse=True)
 
 
 def newest(root: Path) -> Path | None:
@@ -98,9 +100,12 @@ def verify(path: Path) -> list[str]:
         elif (path / file).stat().st_size != size:
             problems.append(f"{file} has {(path / file).stat().st_size} bytes, should have {size}")
         else:
-            with (path / file).open("rb") as handle:
-                if hashlib.file_digest(handle, "sha256").hexdigest() != sha256:
-                    problems.append(f"{file} changed on disk")
+            try:
+                with (path / file).open("rb") as handle:
+                    if hashlib.file_digest(handle, "sha256").hexdigest() != sha256:
+                        problems.append(f"{file} changed on disk")
+            except OSError as error:        # a bad sector must not hide the checkpoint before this one
+                problems.append(f"{file} cannot be read ({error.strerror})")
     return problems
 
 

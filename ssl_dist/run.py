@@ -18,6 +18,7 @@ from shards import folder
 from ssl_dist import dist
 
 HEARTBEAT = 10.0        # seconds between two signs of life in run.json
+PATIENCE = 5            # seconds that a survivor waits for rank 0's word; torchrun leaves it thirty
 
 PACKAGES = ("ssl_dist", "torch", "torchvision", "timm", "deepspeed", "nvidia-dali-cuda130", "nvidia-dali-cuda120",
             "numpy", "opencv-python-headless", "openslide-bin", "pyarrow", "omegaconf", "safetensors")
@@ -32,7 +33,7 @@ class Run:
     """run.json of one attempt. Rank 0 writes; on other ranks nothing happens."""
 
     def __init__(self, path: Path, steps: int, device: torch.device):
-        self.path, self._beat = path / "run.json", 0.0
+        self.path, self._beat, self._speaker = path / "run.json", 0.0, dist.rank() == 0
         before = json.loads(self.path.read_text()) if self.path.is_file() else {"attempts": []}
         for attempt in before["attempts"]:
             # Whoever did not say goodbye was killed: we hold the lock now, so nobody else is alive.
@@ -62,8 +63,18 @@ class Run:
         self.content["attempts"][-1] |= {"ended": now(), "outcome": state}
         self._write()
 
+    def survived(self, exit_code: int, error: str) -> None:
+        """The last word where it may be rank 0 that died: a survivor gives it some seconds to speak for itself."""
+        for _ in range(PATIENCE * 10):
+            if dist.rank() == 0 or json.loads(self.path.read_text())["state"] != "running":
+                break
+            time.sleep(0.1)
+        else:
+            self._speaker = True
+        self.ends("failed", exit_code, error)
+
     def _write(self) -> None:
-        if dist.rank() == 0:
+        if self._speaker:
             self._beat = time.monotonic()
             folder.write_json(self.path, self.content | {"heartbeat": now()})
 

@@ -62,15 +62,21 @@ def train(settings: Train) -> int:
         dist.once(lambda: _forget(path))
         runs.log_to(path)
         run = runs.Run(path, settings.steps, device)
+        # To the end, not only in the loop: torchrun asks the survivors of a dead rank to stop while they write down why.
+        asked = stack.enter_context(_asked_to_stop())
         try:
-            return _train(settings, path, run, device)
+            return _train(settings, path, run, device, asked)
         except BaseException as error:
             failure = _cause(error, path)
-            run.ends("failed", getattr(failure, "exit_code", 1), f"{type(failure).__name__}: {failure}")
+            reason = getattr(failure, "exit_code", 1), f"{type(failure).__name__}: {failure}"
+            if isinstance(failure, PeerDied):
+                run.survived(*reason)
+            else:
+                run.ends("failed", *reason)
             raise failure from error
 
 
-def _train(settings: Train, path: Path, run: runs.Run, device: torch.device) -> int:
+def _train(settings: Train, path: Path, run: runs.Run, device: torch.device, asked: list[int]) -> int:
     threads = max(1, len(os.sched_getaffinity(0)) // dist.local_world())
     torch.set_num_threads(threads)
     reader = Reader(settings.data.shards, settings.data.split)
@@ -96,36 +102,34 @@ def _train(settings: Train, path: Path, run: runs.Run, device: torch.device) -> 
         checkpoint.save(path / "checkpoints", step, engine, {"identity": identity}, settings.checkpoint.keep)
         logger.info("saved step %d", step)
 
-    step, saved, clock = start, start, Clock()
+    step, clock = start, Clock()
     try:
-        with _asked_to_stop() as asked:
-            for batch in _timed(loader.batches(start, last), clock):
-                progress = step / settings.steps
-                lr = schedule.warmup_cosine(progress, settings.optim.lr, settings.optim.final_lr, settings.optim.warmup)
-                engine.set_lr(lr)
-                torch.manual_seed(hash((settings.seed, step, dist.rank())))     # for dropout: no state to save
-                scalars = engine(batch.to(device), progress)
-                stopping = _agree(scalars["loss"], bool(asked), device, step)
-                engine.backward(scalars["loss"])
-                norm = _finite(engine.gradient_norm(), step)
-                engine.step()
-                method.after_step(progress)
-                if ledger:
-                    ledger.write(step, batch)
-                step += 1
-                log.advance(step)
-                if step % settings.log.every == 0 or step == last:
-                    row = dist.mean({name: float(value.detach()) for name, value in scalars.items()}, device)
-                    log.write(step, {"samples": step * settings.data.batch, "epoch": stream.epoch(step - 1), "lr": lr,
-                                     "grad_norm": norm, **row, **clock.read(settings.data.batch)})
-                    run.alive(step)
-                if step % settings.checkpoint.every == 0 or step == last or stopping:
-                    save(step)
-                    saved = step
-                if stopping and step < last:
-                    run.alive(saved)
-                    run.ends("preempted", PREEMPTED)
-                    return PREEMPTED
+        for batch in _timed(loader.batches(start, last), clock):
+            progress = step / settings.steps
+            lr = schedule.warmup_cosine(progress, settings.optim.lr, settings.optim.final_lr, settings.optim.warmup)
+            engine.set_lr(lr)
+            torch.manual_seed(hash((settings.seed, step, dist.rank())))     # for dropout: no state to save
+            scalars = engine(batch.to(device), progress)
+            stopping = _agree(scalars["loss"], bool(asked), device, step)
+            engine.backward(scalars["loss"])
+            norm = _finite(engine.gradient_norm(), step)
+            engine.step()
+            method.after_step(progress)
+            if ledger:
+                ledger.write(step, batch)
+            step += 1
+            log.advance(step)
+            if step % settings.log.every == 0 or step == last:
+                row = dist.mean({name: float(value.detach()) for name, value in scalars.items()}, device)
+                log.write(step, {"samples": step * settings.data.batch, "epoch": stream.epoch(step - 1), "lr": lr,
+                                 "grad_norm": norm, **row, **clock.read(settings.data.batch)})
+                run.alive(step)
+            if step % settings.checkpoint.every == 0 or step == last or stopping:
+                save(step)
+            if stopping and step < last:
+                run.alive(step)
+                run.ends("preempted", PREEMPTED)
+                return PREEMPTED
     finally:
         log.close()
         loader.close()

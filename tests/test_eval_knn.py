@@ -153,7 +153,8 @@ def test_tiles_without_a_label_take_no_part(shard: Path, tmp_path: Path) -> None
     splits = index.samples(shard)["split"].to_pylist()
     some = [index.NO_LABEL if number % 3 else label for number, label in enumerate(labels)]
     found = features.labelled([relabelled(shard, tmp_path / "some", label=some)], "train")
-    assert found.rows.tolist() == [number for number, split in enumerate(splits) if split == "train" and some[number] >= 0]
+    assert found.rows.tolist() == [number for number, split in enumerate(splits)
+                                   if split == "train" and some[number] >= 0]
     assert found.labels_S.tolist() == [some[number] for number in found.rows]
     with pytest.raises(ShardError, match="has a label"):
         features.labelled([relabelled(shard, tmp_path / "none", label=[index.NO_LABEL] * len(labels))], "train")

@@ -46,11 +46,11 @@ def global_loss(own: Tensor) -> Tensor:
     return (flat.sigmoid() * weights).sum() + (flat @ flat.T).tanh().mean()
 
 
-def train(network: nn.Module, shape: tuple[int, ...], steps: int = 3) -> dict[str, Tensor]:
-    """What a few steps leave behind; gradients of parameters averaged over ranks, as DeepSpeed does."""
+def train(network: nn.Module, shape: tuple[int, ...], kind: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    """What three steps leave behind; gradients of parameters averaged over ranks, as DeepSpeed does."""
     found = {}
-    for step in range(steps):
-        own = share(given(shape, step)).requires_grad_()
+    for step in range(3):
+        own = share(given(shape, step)).to(kind).requires_grad_()
         for parameter in network.parameters():
             parameter.grad = None
         output = network(own)
@@ -90,15 +90,15 @@ def ranked(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list]:
 def test_ranks_together_do_what_torchs_batchnorm_does_on_the_whole_batch(world: int, ranked: dict) -> None:
     ranks = ranked[world]
     for case, (network, shape) in cases().items():
-        expected = train(nn.Sequential(network), shape)
+        # In float64: torch's own BatchNorm in float32 is up to thirty times farther from it than ours.
+        expected = train(nn.Sequential(network).double(), shape, torch.float64)
         for name, truth in expected.items():
             found = [rank[case][name] for rank in ranks]
             if name.startswith(("output", "input")):
                 found = [torch.cat(found)]
             for each in found:          # parameters and running statistics are the same on every rank
                 apart, size = float((each - truth).abs().max()), max(1.0, float(truth.abs().max()))
-                # Several layers in float32 differ by more than one; a wrong term by a thousand times as much.
-                assert apart < (1e-4 if case == "network" else 2e-5) * size, f"{case}, {name}: {apart} of {size}"
+                assert apart < 4e-5 * size, f"{case}, {name}: {apart} of {size}"
     half = torch.cat([rank["half"]["output 0"] for rank in ranks])
     assert half.dtype == torch.bfloat16
     whole = norm(SHAPES["pictures"], {})(given(SHAPES["pictures"], 0).bfloat16().float())

@@ -15,7 +15,8 @@ LR, MOMENTUM, DECAY, TRUST = 0.7, 0.9, 0.01, 1e-3
 
 def network() -> nn.Module:
     torch.manual_seed(0)
-    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(16, 5), nn.Linear(5, 2, bias=False))
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(16, 5),
+                         nn.Linear(5, 2, bias=False))
 
 
 def gradients(step: int) -> list[np.ndarray]:
@@ -57,7 +58,7 @@ def test_three_steps_of_lars_agree_with_plain_loops() -> None:
 
 
 def test_lars_takes_a_zero_weight_or_a_zero_gradient_as_it_comes() -> None:
-    weight, still, alone = (nn.Parameter(torch.zeros(2, 3)), nn.Parameter(torch.ones(2, 3)), nn.Parameter(torch.ones(2, 3)))
+    weight, still, alone = (nn.Parameter(torch.full((2, 3), value)) for value in (0.0, 1.0, 1.0))
     optimizer = optim.Lars([weight, still, alone], lr=0.5, momentum=0.0)
     weight.grad, still.grad = torch.full((2, 3), 2.0), torch.zeros(2, 3)
     optimizer.step()

@@ -3,6 +3,7 @@
 B tiles   H, W pixels   D width of the vector
 """
 
+import difflib
 import hashlib
 import json
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any, cast
 
 import timm
 import torch
+from safetensors import SafetensorError
 from timm.models import save_for_hf
 from torch import Tensor, nn
 
@@ -32,10 +34,12 @@ class Encoder(nn.Module):
         try:
             self.network = timm.create_model(name, pretrained=False, num_classes=0, **_tuples(args))
         except (RuntimeError, TypeError, ValueError, AssertionError) as error:
-            close = timm.list_models(f"*{name.split('_')[0]}*")[:3]
+            close = [] if timm.is_model(name) else difflib.get_close_matches(name.lower(), timm.list_models(), n=3)
             raise EncoderError(f"timm cannot build encoder.name={name!r} with encoder.args={args} ({error})"
                                + (f"; near it: {', '.join(close)}" if close else "")) from None
-        self.width = int(cast(Any, self.network).num_features)
+        # Where the head has a layer of its own (MobileNetV3, VGG), num_features is the width before that layer.
+        network = cast(Any, self.network)
+        self.width = int(getattr(network, "head_hidden_size", None) or network.num_features)
         self.register_buffer("_mean_C", torch.tensor(mean).view(1, 3, 1, 1) * 255, persistent=False)
         self.register_buffer("_std_C", torch.tensor(std).view(1, 3, 1, 1) * 255, persistent=False)
 
@@ -71,7 +75,7 @@ def load(folder: Path) -> Encoder:
     try:
         loaded = timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=0)
         encoder.network.load_state_dict(loaded.state_dict())
-    except (RuntimeError, OSError) as error:
+    except (RuntimeError, OSError, SafetensorError) as error:
         raise EncoderError(f"{folder} does not hold the weights of {config['architecture']} ({error}); export it again "
                            "with: ssl-dist export RUN") from None
     return encoder
@@ -81,9 +85,9 @@ def build(folder: Path) -> Encoder:
     """The architecture of an exported folder with fresh random weights: the baseline of an evaluation."""
     config = _config(folder)
     cfg, half = config.get("pretrained_cfg", {}), (0.5, 0.5, 0.5)
-    # timm also writes down the arguments that every network has; Encoder sets those itself.
+    # timm also writes down arguments that Encoder sets itself; the kind of pooling is not one: it makes the features.
     args = {name: value for name, value in (config.get("model_args") or {}).items()
-            if name not in ("num_classes", "in_chans", "global_pool")}
+            if name not in ("num_classes", "in_chans")}
     return Encoder(config["architecture"], args, cfg.get("mean", half), cfg.get("std", half))
 
 
@@ -99,9 +103,12 @@ def _config(folder: Path) -> dict[str, Any]:
         raise EncoderError(f"encoder={folder} has no {' and no '.join(missing)}: it is not an exported encoder; a run "
                            "writes RUN/encoder when it ends, `ssl-dist export RUN` writes it from a checkpoint")
     try:
-        return json.loads((folder / "config.json").read_text())
+        config = json.loads((folder / "config.json").read_text())
     except ValueError as error:
         raise EncoderError(f"{folder}/config.json is not readable ({error}); export it again") from None
+    if not isinstance(config, dict) or "architecture" not in config:
+        raise EncoderError(f"{folder}/config.json names no architecture of timm: it is not an exported encoder")
+    return config
 
 
 def _tuples(args: dict[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,72 @@
+"""What a launched run does when it is asked to stop, and when a rank dies."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from ssl_dist import checkpoint
+
+ROOT = Path(__file__).resolve().parent.parent
+LONG = ["data.batch=8", "steps=100000", "log.every=1", "checkpoint.every=100000", "method.view.size=32", "device=cpu",
+        "encoder.args.layers=[1,1,1,1]", "encoder.args.channels=[8,8,16,16]", "debug.ledger=true"]
+
+
+def start(run: Path, shard: Path) -> subprocess.Popen:
+    """A run of two ranks that would take hours, once it trains."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "ssl_dist", "launch", "local", "ranks=2", "--", "train", "demo", f"run={run}",
+         f"data.shards=[{shard}]", *LONG], env={**os.environ, "PYTHONPATH": str(ROOT)}, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not ((run / "metrics.jsonl").exists() and (run / "metrics.jsonl").read_text().count("\n") > 3):
+        assert process.poll() is None, process.stderr.read() if process.stderr else ""
+        assert time.monotonic() < deadline, "two minutes and not one step"
+        time.sleep(0.1)
+    return process
+
+
+def ranks(run: Path) -> dict[int, int]:
+    """The processes that train this run, by rank: found by their command line and their environment."""
+    found = {}
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (path / "cmdline").read_bytes().split(b"\0")
+            variables = (path / "environ").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        rank = [word for word in variables if word.startswith(b"RANK=")]
+        if f"run={run}".encode() in words and rank:
+            found[int(rank[0].removeprefix(b"RANK="))] = int(path.name)
+    return found
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2])
+def test_a_run_that_is_asked_to_stop_saves_and_says_so(shard: Path, tmp_path: Path, number: signal.Signals) -> None:
+    run = tmp_path / "run"
+    process = start(run, shard)
+    process.send_signal(number)
+    assert process.wait(timeout=60) == 4
+    account = json.loads((run / "run.json").read_text())
+    assert account["state"] == "preempted" and account["exit_code"] == 4 and account["error"] is None
+    saved = checkpoint.newest(run / "checkpoints")
+    assert saved is not None and saved.name == checkpoint.name(account["step"])
+    seen = {json.loads(line)["step"] for line in (run / "ledger" / "rank-00000.jsonl").read_text().splitlines()}
+    assert seen == set(range(account["step"])), "a step was trained and not saved, or saved and not trained"
+    assert not ranks(run)
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_rank_ends_the_job_and_the_survivor_speaks(shard: Path, tmp_path: Path, victim: int) -> None:
+    run = tmp_path / "run"
+    process = start(run, shard)
+    os.kill(ranks(run)[victim], signal.SIGKILL)
+    assert process.wait(timeout=60) == 7
+    account = json.loads((run / "run.json").read_text())
+    assert account["state"] == "failed" and account["exit_code"] == 7 and "another rank is gone" in account["error"]
+    assert account["attempts"][-1]["outcome"] == "failed"
+    assert not ranks(run)
