@@ -108,7 +108,8 @@ class Eval:
     data: EvalData
     protocol: str = field(default="knn", metadata={"choices": ("knn",)})
     out: Path | None = field(default=None, metadata={"help": "folder of results; null: eval/ beside the encoder"})
-    size: int = field(default=224, metadata={"range": (16, 4096), "help": "pixels a tile is resized to"})
+    size: int | None = field(default=None, metadata={"range": (16, 4096), "help": "pixels a tile is resized to; null: "
+                                                     "as wide as what the encoder was trained on"})
     k: int = field(default=20, metadata={"range": (1, 10**6), "help": "neighbours that vote"})
     temperature: float = field(default=0.07, metadata={"range": (1e-3, 100), "help": "of the votes"})
     baselines: list[str] = field(default_factory=lambda: ["random"], metadata={"choices": ("random",)})

@@ -69,7 +69,7 @@ def _facts(reader: Reader) -> dict[str, Any]:
     """Counts, and digests under a salt that is stated: they tell equal from different and nothing more."""
     rows = reader.all_rows()
     salt = hashlib.sha256("".join(found.fingerprint for found in reader.indexes).encode()).hexdigest()[:32]
-    names = {"slides": set(reader.column("slide", rows)), "patients": set(reader.column("patient", rows))}
+    names = {"slides": reader.distinct("slide"), "patients": reader.distinct("patient")}
     tiles = sorted(digest.hex() for digest in reader.column("digest", rows))
     mpp = np.unique(np.round(np.array(reader.column("mpp", rows), dtype=np.float64), 4))
     return {"salt": salt, "counts": {"tiles": len(rows), **{name: len(words) for name, words in names.items()}},

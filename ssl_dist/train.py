@@ -62,7 +62,7 @@ def train(settings: Train) -> int:
         dist.once(lambda: _forget(path))
         runs.log_to(path)
         run = runs.Run(path, settings.steps, device)
-        # To the end, not only in the loop: torchrun asks the survivors of a dead rank to stop while they write down why.
+        # Beyond the loop too: torchrun asks the survivors of a dead rank to stop while they write down why.
         asked = stack.enter_context(_asked_to_stop())
         try:
             return _train(settings, path, run, device, asked)

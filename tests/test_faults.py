@@ -21,7 +21,8 @@ def start(run: Path, shard: Path) -> subprocess.Popen:
     """A run of two ranks that would take hours, once it trains."""
     process = subprocess.Popen(
         [sys.executable, "-m", "ssl_dist", "launch", "local", "ranks=2", "--", "train", "demo", f"run={run}",
-         f"data.shards=[{shard}]", *LONG], env={**os.environ, "PYTHONPATH": str(ROOT)}, stderr=subprocess.PIPE, text=True)
+         f"data.shards=[{shard}]", *LONG], stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)})
     deadline = time.monotonic() + 120
     while not ((run / "metrics.jsonl").exists() and (run / "metrics.jsonl").read_text().count("\n") > 3):
         assert process.poll() is None, process.stderr.read() if process.stderr else ""

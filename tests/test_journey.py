@@ -148,10 +148,11 @@ print(*features.sum(1).tolist())
 
 
 def test_evaluation_and_report_close_the_line(shared: Path, shard: Path) -> None:
-    said = ssl_dist("eval", "eval/knn", f"encoder={shared / 'encoder'}", f"data.shards=[{shard}]", "k=5", "size=32")
+    said = ssl_dist("eval", "eval/knn", f"encoder={shared / 'encoder'}", f"data.shards=[{shard}]", "k=5")
     assert "random: accuracy" in said
     result = json.loads((shared / "eval" / "knn.json").read_text())
     assert 0 <= result["metrics"]["accuracy"] <= 1 and result["counts"]["shared_patients"] == 0
+    assert result["size"] == 32, "the size that the encoder was trained on"
     assert np.sum(result["confusion"]) == result["counts"]["queries"]
     page = Path(ssl_dist("report", shared).strip().splitlines()[-1])
     assert page == shared / "report.html"

@@ -80,10 +80,11 @@ def test_a_slide_full_of_tissue_is_all_tissue() -> None:
 
 def test_dust_is_not_tissue_and_holes_the_size_of_fat_cells_are() -> None:
     picture = np.full((200, 200, 3), 245, np.uint8)
-    picture[20:24, 20:24] = 90                      # 16 micrometres
+    picture[20:28, 20:28] = 90                      # 32 micrometres
     picture[60:160, 60:160] = 120                   # 400 micrometres, with a hole of 60
     picture[100:115, 100:115] = 245
     found = tissue.mask(picture)
+    assert not found[:55, :55].any()
     truth = np.zeros((200, 200), bool)
     truth[60:160, 60:160] = True
     assert (found == truth).mean() > 0.999

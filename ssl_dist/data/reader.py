@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from shards import index
 from shards.index import ShardError
@@ -58,8 +57,15 @@ class Reader:
 
     def splits(self) -> list[str]:
         """The words that the split column holds."""
-        return sorted({word for table in self.tables
-                       for word in table["split"].combine_chunks().dictionary.to_pylist()})
+        return sorted({word for table in self.tables for word in _coded(table, "split")[1]})
+
+    def distinct(self, name: str) -> set[str]:
+        """The words of one column that the split's samples use."""
+        used: set[str] = set()
+        for table, chosen in zip(self.tables, self._selected, strict=True):
+            codes, words = _coded(table, name)
+            used.update(words[code] for code in np.unique(codes if chosen is None else codes[chosen]).tolist())
+        return used
 
     def rows(self, tars: np.ndarray, members: np.ndarray) -> np.ndarray:
         """Catalogue rows of members (numbered within the split) of tars."""
@@ -120,4 +126,11 @@ class Reader:
 
 
 def _rows_of(table: pa.Table, split: str) -> np.ndarray:
-    return np.flatnonzero(pc.equal(table["split"].combine_chunks().dictionary_decode(), split).to_numpy(False))
+    codes, words = _coded(table, "split")
+    return np.flatnonzero(codes == words.index(split)) if split in words else np.empty(0, dtype=np.int64)
+
+
+def _coded(table: pa.Table, name: str) -> tuple[np.ndarray, list[str]]:
+    """A column of words as numbers, straight from the map, and what they stand for."""
+    column = table[name].combine_chunks()
+    return column.indices.to_numpy(), column.dictionary.to_pylist()

@@ -49,11 +49,13 @@ def run(settings: Eval, device: torch.device, threads: int, progress: Progress) 
     shared = sorted(set(bank.patients) & set(query.patients))
     if shared:
         raise ShardError(f"{len(shared)} patients are in both {settings.data.bank!r} and {settings.data.query!r} ("
-                         f"{shared[0]!r}, …): tiles of one patient resemble each other, so the score would be too good; "
-                         "split by patient and shard again")
+                         f"{shared[0]!r}, …): tiles of one patient resemble each other, so the score would be too "
+                         "good; split by patient and shard again")
+
+    size = settings.size or encoders.trained_size(settings.encoder)
 
     def guess(encoder: encoders.Encoder, what: str) -> tuple[Tensor, Tensor]:
-        vectors = [features.extract(encoder, split, size=settings.size, batch=settings.batch, threads=threads,
+        vectors = [features.extract(encoder, split, size=size, batch=settings.batch, threads=threads,
                                     device=device, progress=functools.partial(progress, f"{what}, {name}"))
                    for name, split in (("bank", bank), ("query", query))]
         similarity_QK, places_QK = neighbours(vectors[1], vectors[0], settings.k)
@@ -69,7 +71,7 @@ def run(settings: Eval, device: torch.device, threads: int, progress: Progress) 
     out = folder.make(settings.out or settings.encoder.parent / "eval")
     _sheet(bank, query, places_QK, answer_Q, out / "knn_neighbours.png")
     result = {
-        "protocol": "knn", "k": settings.k, "temperature": settings.temperature,
+        "protocol": "knn", "size": size, "k": settings.k, "temperature": settings.temperature,
         "encoder": {"path": str(settings.encoder), "architecture": encoders.build(settings.encoder).name,
                     "sha256": encoders.digest(settings.encoder)},
         "shards": [{"path": str(path), "fingerprint": found.fingerprint}

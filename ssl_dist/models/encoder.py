@@ -91,6 +91,11 @@ def build(folder: Path) -> Encoder:
     return Encoder(config["architecture"], args, cfg.get("mean", half), cfg.get("std", half))
 
 
+def trained_size(folder: Path) -> int:
+    """The width in pixels of the views that an exported encoder was trained on."""
+    return int(_config(folder)["pretrained_cfg"]["input_size"][-1])
+
+
 def digest(folder: Path) -> str:
     """SHA-256 of the weights of an exported folder."""
     with (folder / "model.safetensors").open("rb") as handle:
