@@ -186,6 +186,9 @@ def test_work_that_other_settings_left_half_done_does_not_get_into_the_tars(few:
         assert len(list(few.out.glob("*.tar"))) > 2
     write.write(replace(plain, out=few.out))
     assert digests(few.out) == digests(plain.out), "tars of the killed job lie among ours"
+    (few.out / "index.json").unlink()           # what `check` advises, and then with larger tars
+    fewer = write.write(replace(plain, out=few.out, tar_samples=30))
+    assert fewer.tars == len(list(few.out.glob("*.tar"))) == len(list(few.out.glob("*.idx"))) == 1
 
 
 def test_rubbish_of_a_kill_during_the_last_cleaning_goes_with_the_next_call(few: write.Settings) -> None:

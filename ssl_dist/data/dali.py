@@ -36,8 +36,8 @@ class Decoder:
         """The decoded pictures; RuntimeError where one of them cannot be decoded."""
         self._pipeline.feed_input("encoded", encoded)
         (pictures,) = self._pipeline.run()
-        # A copy each: DALI writes the next batch into the same memory.
-        return [np.array(pictures.at(number)) for number in range(len(encoded))]
+        # `at` gives a copy: DALI may write the next batch into the same memory.
+        return [pictures.at(number) for number in range(len(encoded))]
 
 
 class Drawer:
