@@ -28,6 +28,9 @@ def verb(function: Callable[..., int | None]) -> Callable[..., None]:
     def command(*args: Any, debug: bool = False, **kwargs: Any) -> None:
         try:
             code = function(*args, **kwargs) or 0
+        except BrokenPipeError:         # whoever read us (head, less) has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            code = 0
         except Exception as error:
             known = getattr(error, "exit_code", None)
             if debug or (known is None and not isinstance(error, OSError)):

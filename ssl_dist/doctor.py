@@ -398,7 +398,7 @@ def cgroup_quota(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/se
 def slurm() -> Finding:
     missing = [tool for tool in ("sbatch", "srun") if not shutil.which(tool)]
     if len(missing) == 2:
-        return Finding("slurm", "ok", "none", "`ssl-dist launch local` works here; `launch slurm` from a login node")
+        return Finding("slurm", "ok", "none", "one machine is all there is: `ssl-dist launch local` runs on it")
     if missing:
         return Finding("slurm", "warning", f"{missing[0]} is not on PATH", "ask for SLURM's full client package")
     version = command("sbatch", "--version")
