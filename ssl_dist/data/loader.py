@@ -64,36 +64,40 @@ class Loader:
 
     def _on_cpu(self, encoded: list[np.ndarray], numbers: list[augment.Numbers],
                 rows: np.ndarray) -> list[torch.Tensor]:
-        images = self._decode(self._decoder, encoded, rows)
+        with self._decoding:
+            images = decoded(self._decoder, encoded, rows, self.reader)
         return [torch.from_numpy(opencv.views(images, each, view.size, self._painters))
                 for each, view in zip(numbers, self.views, strict=True)]
 
     def _on_gpu(self, encoded: list[np.ndarray], numbers: list[augment.Numbers],
                 rows: np.ndarray) -> list[torch.Tensor]:
-        drawn = self._decode(lambda images: self._drawer(images, numbers), encoded, rows)
+        with self._decoding:
+            drawn = decoded(lambda images: self._drawer(images, numbers), encoded, rows, self.reader)
         return [torch.from_dlpack(each) for each in drawn]
-
-    def _decode(self, decode: Callable, encoded: list[np.ndarray], rows: np.ndarray) -> list:
-        try:
-            with self._decoding:
-                return decode(encoded)
-        except RuntimeError as error:
-            reason = str(error).strip().splitlines()[0]
-            raise ShardError(f"a tile cannot be decoded: {self._culprit(encoded, rows)} ({reason}); its bytes are as "
-                             "written, so it was broken before: drop it from the source and shard again") from error
-
-    def _culprit(self, encoded: list[np.ndarray], rows: np.ndarray) -> str:
-        single = dali.Decoder(1, 1)
-        for image, row in zip(encoded, rows, strict=True):
-            try:
-                single([image])
-            except RuntimeError:
-                key, slide = (self.reader.column(name, np.array([row]))[0] for name in ("key", "slide"))
-                return f"{key!r} of slide {slide!r}"
-        return f"one of {len(rows)}, though each alone is sound"
 
     def close(self) -> None:
         """Ends the threads."""
         self._makers.shutdown(wait=True, cancel_futures=True)
         self._painters.shutdown(wait=True)
         self.reader.close()
+
+
+def decoded(decode: Callable, encoded: list[np.ndarray], rows: np.ndarray, reader: Reader) -> list:
+    """What `decode` makes of the images; where it cannot, an error that names the tile."""
+    try:
+        return decode(encoded)
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ShardError(f"a tile cannot be decoded: {_culprit(encoded, rows, reader)} ({reason}); its bytes are as "
+                         "written, so it was broken before: drop it from the source and shard again") from error
+
+
+def _culprit(encoded: list[np.ndarray], rows: np.ndarray, reader: Reader) -> str:
+    single = dali.Decoder(1, 1)
+    for image, row in zip(encoded, rows, strict=True):
+        try:
+            single([image])
+        except RuntimeError:
+            key, slide = (reader.column(name, np.array([row]))[0] for name in ("key", "slide"))
+            return f"{key!r} of slide {slide!r}"
+    return f"one of {len(rows)}, though each alone is sound"

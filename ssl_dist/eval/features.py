@@ -14,6 +14,7 @@ from torch import Tensor
 
 from shards.index import NO_LABEL, ShardError
 from ssl_dist.data import dali, opencv
+from ssl_dist.data.loader import decoded
 from ssl_dist.data.reader import Reader
 from ssl_dist.models.encoder import Encoder
 
@@ -54,7 +55,8 @@ def extract(encoder: Encoder, split: Split, *, size: int, batch: int, threads: i
     features = []
     with ThreadPoolExecutor(threads) as pool:
         for first in range(0, len(split.rows), batch):
-            images = decoder(split.reader.read(split.rows[first:first + batch]))
+            rows = split.rows[first:first + batch]
+            images = decoded(decoder, split.reader.read(rows), rows, split.reader)
             pixels = torch.from_numpy(opencv.resized(images, size, pool)).to(device)
             features.append(encoder(pixels).float().cpu())
             progress(min(first + batch, len(split.rows)), len(split.rows))

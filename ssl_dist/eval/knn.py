@@ -3,6 +3,7 @@
 Q queries   B bank   K neighbours   D width   C classes
 """
 
+import contextlib
 import functools
 import io
 from collections.abc import Callable
@@ -44,6 +45,12 @@ def run(settings: Eval, device: torch.device, threads: int, progress: Progress) 
     """The protocol: features of both splits, a vote for every query, and the same for each baseline."""
     bank = features.labelled(settings.data.shards, settings.data.bank)
     query = features.labelled(settings.data.shards, settings.data.query)
+    with contextlib.closing(bank.reader), contextlib.closing(query.reader):
+        return _run(settings, bank, query, device, threads, progress)
+
+
+def _run(settings: Eval, bank: Split, query: Split, device: torch.device, threads: int,
+         progress: Progress) -> dict[str, Any]:
     if len(bank.rows) < settings.k:
         raise ShardError(f"k={settings.k} neighbours are more than the {len(bank.rows)} tiles of the bank; lower k")
     shared = sorted(set(bank.patients) & set(query.patients))
