@@ -30,6 +30,7 @@ class Source:
     """One slide or one image file, and what is known of it before it is opened."""
 
     path: Path
+    name: str                       # path below the source folder, without its suffix
     slide: str
     patient: str
     split: str = ""
@@ -107,7 +108,8 @@ def sources(folder: Path, suffixes: tuple[str, ...], names: str) -> list[Source]
         known.update(row)
         slide = known.get("slide", path.stem)
         mpp = _microns(known["mpp"], path) if known.get("mpp") else None
-        found.append(Source(path=path, slide=slide, patient=known.get("patient", slide), split=known.get("split", ""),
+        found.append(Source(path=path, name=Path(relative).with_suffix("").as_posix(), slide=slide,
+                            patient=known.get("patient", slide), split=known.get("split", ""),
                             label=known.get("label", ""), mpp=mpp))
     if not found:
         raise ShardError(f"nothing to shard below {folder}: no file ends in {', '.join(suffixes)}")
@@ -150,6 +152,9 @@ def of_slide(source: Source, *, size: int, mpp: float, min_tissue: float, annota
              encode: Jpeg, slide_mpp: float | None) -> Iterator[Tile | Rejected]:
     """Every tile of the grid over one slide's tissue, `size` pixels wide at `mpp`, accepted or with a reason."""
     with Slide(source.path, source.mpp or slide_mpp) as slide:
+        if mpp < 0.95 * slide.mpp:
+            yield Rejected(source, f"slide coarser than asked: {slide.mpp:g} microns per pixel hold no tile of {mpp:g}")
+            return
         side = size * mpp / slide.mpp
         if side > min(slide.width, slide.height):
             yield Rejected(source, f"slide smaller than a tile: {slide.width} x {slide.height} pixels of {slide.mpp:g}"
@@ -184,7 +189,7 @@ def of_file(source: Source, *, mpp: float, encode: Jpeg) -> Tile | Rejected:
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         return Rejected(source, f"not a readable image: {error}")
     digest = hashlib.blake2b(content if untouched else pixels.tobytes(), digest_size=16).digest()
-    return Tile(key=key(*source.path.parts[-2:-1], source.path.stem), source=source, x=0, y=0, mpp=source.mpp or mpp,
+    return Tile(key=key(*source.name.split("/")), source=source, x=0, y=0, mpp=source.mpp or mpp,
                 size=(pixels.shape[1], pixels.shape[0]), label=source.label,
                 image=encoded, encoding="source" if untouched else str(encode), digest=digest)
 

@@ -6,7 +6,7 @@ import numpy as np
 MASK_MPP = 4.0
 # Tissue is denser than the glass around it by at least FAINT (the wall of a fat cell, averaged over a mask pixel) and
 # by DENSE at the most; Otsu's threshold decides between and may not wander further.
-FAINT, DENSE = 0.015, 0.06
+FAINT, DENSE = 0.015, 0.03
 # Fat cells are empty holes of 50-100 microns: bridging so much makes fat one piece of tissue. What is then still
 # narrower than a few cells is dust.
 BRIDGE, DUST = 100.0, 40.0
@@ -31,9 +31,13 @@ def otsu(values: np.ndarray, low: float, high: float) -> float:
 
 
 def glass(density: np.ndarray) -> float:
-    """The optical density of the empty slide: the commonest among the pale pixels, for glass is never quite white."""
-    counts, edges = np.histogram(density, bins=60, range=(0.0, 0.12))
-    return float(edges[counts.argmax()]) if counts.any() else 0.0
+    """The optical density of the empty slide, which is never quite white: the commonest among the pale pixels.
+
+    Pure white is what was not scanned, and counts as glass only where nothing else looks like it: where no pale shade
+    (two thousandths of density wide) covers a twentieth of the slide.
+    """
+    counts, edges = np.histogram(density[density > 0], bins=60, range=(0.0, 0.12))
+    return float(edges[counts.argmax()]) if counts.max() > 0.05 * density.size else 0.0
 
 
 def mask(thumbnail: np.ndarray, mpp: float = MASK_MPP) -> np.ndarray:

@@ -30,7 +30,7 @@ def noise(seed: int, size: tuple[int, int] = (32, 40), channels: int = 3) -> np.
 
 
 def source(path: Path, **known: object) -> tiles.Source:
-    return tiles.Source(path=path, slide=path.stem, patient="p", **known)
+    return tiles.Source(path=path, name=path.stem, slide=path.stem, patient="p", **known)
 
 
 def of_file(path: Path) -> tiles.Tile | tiles.Rejected:
@@ -282,7 +282,7 @@ def test_a_folder_of_all_sorts_is_sharded_and_what_is_left_out_is_listed(tmp_pat
 def test_two_files_that_would_share_a_key_are_refused_by_name(tmp_path: Path) -> None:
     saved(tmp_path / "in" / "a.jpg", noise(0))
     saved(tmp_path / "in" / "a.png", noise(1))
-    with pytest.raises(index.ShardError, match="1 tiles share their key with another, first 'in-a'"):
+    with pytest.raises(index.ShardError, match="1 tiles share their key with another, first 'a'"):
         write.write(write.Settings(tmp_path / "in", tmp_path / "out", "a", kind="tiles", workers=1))
     assert not (tmp_path / "out" / "index.json").exists()
 
@@ -426,3 +426,18 @@ def test_real_osteosarcoma_tiles_tell_patient_slide_and_class_by_their_names(dat
     assert np.isnan([row["mpp"] for row in table]).all()
     assert rejected(settings.out) == []
     assert check.check(settings.out) == []
+
+
+def test_files_of_one_name_in_different_folders_are_different_tiles(tmp_path: Path) -> None:
+    saved(tmp_path / "in" / "train" / "cat" / "1.png", noise(0))
+    saved(tmp_path / "in" / "valid" / "cat" / "1.png", noise(1))
+    found = tiles.sources(tmp_path / "in", tiles.IMAGES, "")
+    made = [tiles.of_file(each, mpp=1.0, encode=ENCODE) for each in found]
+    assert [tile.key for tile in made] == ["train-cat-1", "valid-cat-1"]
+
+
+def test_a_slide_coarser_than_asked_is_left_out_and_not_blown_up(slides: Path) -> None:
+    path = sorted(slides.glob("*.svs"))[0]
+    (only,) = tiles.of_slide(source(path), size=64, mpp=0.25, min_tissue=0.5, annotated=False, min_label=0.75,
+                             encode=ENCODE, slide_mpp=None)
+    assert isinstance(only, tiles.Rejected) and "coarser" in only.reason and "0.5" in only.reason

@@ -34,7 +34,7 @@ def test_the_mask_of_a_painted_slide_is_the_tissue_that_was_painted(slides: Path
     for path in sorted(slides.glob("*.svs")):
         found, truth = masked(path), regions(path, tissue.MASK_MPP)
         overlaps[path.name] = (found & truth).sum() / (found | truth).sum()
-    assert min(overlaps.values()) > 0.82 and np.mean(list(overlaps.values())) > 0.9, overlaps
+    assert min(overlaps.values()) > 0.9 and np.mean(list(overlaps.values())) > 0.92, overlaps
 
 
 def test_painted_fat_is_mostly_tissue_although_most_of_its_pixels_are_as_pale_as_glass(slides: Path) -> None:
@@ -46,7 +46,7 @@ def test_painted_fat_is_mostly_tissue_although_most_of_its_pixels_are_as_pale_as
         found, pixels = found + int(masked(path)[fat].sum()), pixels + int(fat.sum())
         stained += int((density[fat] > 0.1).sum())
     assert pixels > 1000, "no fat in the cohort: this test proves nothing"
-    assert stained / pixels < 0.3 and found / pixels > 0.55, (stained / pixels, found / pixels)
+    assert stained / pixels < 0.3 and found / pixels > 0.8, (stained / pixels, found / pixels)
 
 
 @pytest.mark.parametrize("cell", [50, 70, 90])
@@ -177,3 +177,12 @@ def test_a_slide_all_of_glass_offers_no_tissue_and_one_all_of_tissue_only_that()
     for fill in (0.0, 1.0):
         _, fractions = tissue.corners(np.full((50, 60), bool(fill)), (960, 800), 128.0)
         assert len(fractions) == 7 * 6 and (fractions == fill).all()
+
+
+def test_what_was_not_scanned_is_not_taken_for_the_glass() -> None:
+    """Scanners fill what they skip with pure white; beside it even bare glass is dense."""
+    picture = np.full((300, 300, 3), 255, np.uint8)
+    picture[50:250, 50:250] = 235                       # glass
+    picture[100:200, 100:200] = (200, 120, 170)         # tissue
+    found = tissue.mask(picture)
+    assert found[110:190, 110:190].all() and not found[:80].any() and not found[:, 220:].any()
