@@ -140,24 +140,3 @@ class _Gather(torch.autograd.Function):
 def gather_with_gradient(own_BD: Tensor) -> Tensor:
     """All ranks' rows in the order of the ranks, differentiable."""
     return _Gather.apply(own_BD) if world() > 1 else own_BD
-
-
-class _Sum(torch.autograd.Function):
-    """Sum over ranks; every rank's use of the sum sends its gradient to every rank's part."""
-
-    @staticmethod
-    def forward(ctx: Any, own: Tensor) -> Tensor:       # noqa: ARG004
-        total = own.clone()
-        c10d.all_reduce(total)
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:     # type: ignore[override]  # noqa: ARG004
-        total = gradient.contiguous().clone()
-        c10d.all_reduce(total)
-        return total
-
-
-def sum_with_gradient(own: Tensor) -> Tensor:
-    """The sum over ranks, differentiable."""
-    return _Sum.apply(own) if world() > 1 else own
