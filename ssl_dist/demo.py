@@ -44,7 +44,8 @@ def demo(folder: Path, seed: int) -> int:
     _stage(console, "hold the shards against their index", ["check", str(shards)])
     if not (run / "checkpoints").exists():
         _stage(console, f"train SimCLR, and stop after step {PAUSE}", [*training, f"stop={PAUSE}"])
-    _stage(console, "resume, and train to the end", training)
+    if not _trained(run):
+        _stage(console, "resume, and train to the end", training)
     if not _evaluated(run):
         _stage(console, "is the encoder worth more than a random one?",
                ["eval", "eval/knn", f"encoder={run / 'encoder'}", f"data.shards=[{shards}]", f"seed={seed}"])
@@ -76,8 +77,18 @@ def _paint(slides: Path, seed: int, console: Console) -> None:
 def _stage(console: Console, title: str, words: list[str]) -> None:
     console.rule(f"[bold]{title}", align="left")
     console.print(f"$ ssl-dist {shlex.join(words)}", style="dim", markup=False, highlight=False, soft_wrap=True)
-    if code := subprocess.run([sys.executable, "-m", "ssl_dist", *words], check=False).returncode:
+    stage = subprocess.Popen([sys.executable, "-m", "ssl_dist", *words])
+    try:
+        code = stage.wait()
+    except KeyboardInterrupt:
+        code = stage.wait()         # it heard the same Ctrl-C, and may be saving
+    if code:
         raise DemoFailed(title, code)
+
+
+def _trained(run: Path) -> bool:
+    account = run / "run.json"
+    return account.exists() and json.loads(account.read_text())["state"] == "done"
 
 
 def _evaluated(run: Path) -> bool:
