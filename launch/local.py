@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import uuid
 from pathlib import Path
 
 from launch.job import Job
@@ -63,13 +64,23 @@ def run(job: Job, arguments: list[str], run_folder: Path | None) -> int:
         environment.pop(name, None)
     cores = len(os.sched_getaffinity(0))
     environment.setdefault("OMP_NUM_THREADS", str(max(1, cores // ranks(job))))
+    launch = environment["SSL_DIST_LAUNCH"] = uuid.uuid4().hex
     code = _wait(subprocess.Popen(command(job, arguments, debug="--debug" in arguments), env=environment))
     if code == 0 or run_folder is None:
         return code
-    try:
-        return int(json.loads((run_folder / "run.json").read_text())["exit_code"] or code)
-    except (OSError, ValueError, KeyError, TypeError):
-        return code
+    return _account(run_folder, launch) or code
+
+
+def _account(run_folder: Path, launch: str) -> int | None:
+    """The exit code that this launch left in run.json, or, if it ended before it had one, beside a rank's log."""
+    for path in (run_folder / "run.json", *sorted(run_folder.glob("logs/rank-*.exit.json"))):
+        try:
+            account = json.loads(path.read_text())
+            if account.get("attempts", [account])[-1]["launch"] == launch:
+                return int(account["exit_code"])
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            continue
+    return None
 
 
 def _wait(torchrun: subprocess.Popen) -> int:

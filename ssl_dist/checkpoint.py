@@ -60,6 +60,7 @@ def save(root: Path, step: int, engine: Engine, state: dict[str, Any], keep: int
             shutil.rmtree(root / name(old))
 
     dist.once(publish)
+    logger.info("saved %s", final)
     return final
 
 
@@ -114,12 +115,14 @@ def state(path: Path) -> dict[str, Any]:
     return json.loads((path / "state.json").read_text())
 
 
-def load(path: Path, engine: Engine) -> None:
-    """Puts weights, optimizer state and this rank's buffers back."""
+def load(path: Path, engine: Engine) -> int:
+    """Puts weights, optimizer state and this rank's buffers back; returns the step to go on with."""
     own = path / f"rank-{dist.rank():05d}.safetensors"
     # More ranks than there were: running statistics of rank 0 stand in for those that nobody kept.
     buffers = own if own.exists() else path / "rank-00000.safetensors"
     engine.restore(_tensors(path / "weights.safetensors"), _tensors(buffers), _tensors(path / "optimizer.safetensors"))
+    logger.info("resumed from %s", path)
+    return state(path)["step"]
 
 
 def weights(path: Path) -> dict[str, Tensor]:

@@ -10,7 +10,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch.utils.tensorboard import SummaryWriter
 
+from shards import folder
 from ssl_dist import dist
+from ssl_dist.data.batch import Batch
+from ssl_dist.data.reader import Reader
 
 
 class Clock:
@@ -82,6 +85,21 @@ class Log:
             self._bar.stop()
             self._board.close()
             self._jsonl.close()
+
+
+class Ledger:
+    """Every sample this rank saw, a line each: what proves that a resumed run missed nothing."""
+
+    def __init__(self, path: Path, reader: Reader):
+        self._reader = reader
+        self._file = folder.make(path / "ledger") / f"rank-{dist.rank():05d}.jsonl"
+
+    def write(self, step: int, batch: Batch) -> None:
+        """The samples of one step."""
+        keys = self._reader.column("key", batch.rows)
+        with self._file.open("a") as handle:
+            handle.writelines(json.dumps({"step": step, "position": position, "key": key}) + "\n"
+                              for position, key in zip(batch.positions.tolist(), keys, strict=True))
 
 
 def _short(value: Any) -> Any:

@@ -1,13 +1,16 @@
 """The run folder's own account: what state it is in, who tried when, on which machine, with which versions."""
 
+import contextlib
 import importlib.metadata
 import json
 import logging
 import os
 import platform
 import re
+import signal
 import socket
 import time
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -17,11 +20,24 @@ import torch
 from shards import folder
 from ssl_dist import dist
 
+logger = logging.getLogger(__name__)
+
 HEARTBEAT = 10.0        # seconds between two signs of life in run.json
 PATIENCE = 5            # seconds that a survivor waits for rank 0's word; torchrun leaves it thirty
 
+LAUNCH = "SSL_DIST_LAUNCH"     # the launcher's name for this attempt, by which it finds what became of it
+
+# What gloo and NCCL say where the other end is gone.
+LOST = ("connection closed", "connection reset", "connection refused", "broken pipe", "remote process exited", "socket")
+
 PACKAGES = ("ssl_dist", "torch", "torchvision", "timm", "deepspeed", "nvidia-dali-cuda130", "nvidia-dali-cuda120",
             "numpy", "opencv-python-headless", "openslide-bin", "pyarrow", "omegaconf", "safetensors")
+
+
+class PeerDied(RuntimeError):
+    """Another rank is gone."""
+
+    exit_code = 7
 
 
 def now() -> str:
@@ -42,7 +58,8 @@ class Run:
             "state": "running", "exit_code": None, "error": None, "step": before.get("step", 0), "steps": steps,
             "heartbeat": now(), "attempts": before["attempts"] + [{
                 "started": now(), "ended": None, "host": socket.gethostname(), "pid": os.getpid(),
-                "world": dist.world(), "device": str(device.type), "from_step": 0, "to_step": 0, "outcome": None}]}
+                "world": dist.world(), "device": str(device.type), "from_step": 0, "to_step": 0, "outcome": None,
+                "launch": os.environ.get(LAUNCH)}]}
         self._write()
 
     def starts_at(self, step: int) -> None:
@@ -57,26 +74,75 @@ class Run:
         if time.monotonic() - self._beat > HEARTBEAT:
             self._write()
 
-    def ends(self, state: str, exit_code: int, error: str | None = None) -> None:
+    def ends(self, state: str, exit_code: int, step: int | None = None, error: str | None = None) -> None:
         """The last word of this attempt: done, stopped, preempted or failed."""
+        if step is not None:
+            self.content["step"] = self.content["attempts"][-1]["to_step"] = step
         self.content |= {"state": state, "exit_code": exit_code, "error": error}
         self.content["attempts"][-1] |= {"ended": now(), "outcome": state}
         self._write()
 
-    def survived(self, exit_code: int, error: str) -> None:
-        """The last word where it may be rank 0 that died: a survivor gives it some seconds to speak for itself."""
+    def fails(self, failure: BaseException) -> None:
+        """The last word of an attempt that failed; a survivor speaks where rank 0 is the one that died."""
+        if isinstance(failure, PeerDied) and dist.rank():
+            self._speaker = self._silent()
+        self.ends("failed", getattr(failure, "exit_code", 1), error=f"{type(failure).__name__}: {failure}")
+
+    def _silent(self) -> bool:
         for _ in range(PATIENCE * 10):
-            if dist.rank() == 0 or json.loads(self.path.read_text())["state"] != "running":
-                break
+            if json.loads(self.path.read_text())["state"] != "running":
+                return False
             time.sleep(0.1)
-        else:
-            self._speaker = True
-        self.ends("failed", exit_code, error)
+        return True
 
     def _write(self) -> None:
         if self._speaker:
             self._beat = time.monotonic()
             folder.write_json(self.path, self.content | {"heartbeat": now()})
+
+
+def cause(error: BaseException, path: Path) -> BaseException:
+    """The failure to report: our own, or, where a peer's death broke a collective, the peer's."""
+    lost = isinstance(error, RuntimeError) and any(word in str(error).lower() for word in LOST)
+    logger.info("ended by %s", error, exc_info=error)        # the whole story for the log; one line goes to the person
+    if not lost:
+        with contextlib.suppress(OSError):
+            folder.write_json(folder.make(path / "logs") / f"rank-{dist.rank():05d}.exit.json", {
+                "exit_code": getattr(error, "exit_code", 1), "error": str(error), "launch": os.environ.get(LAUNCH)})
+        return error
+    for _ in range(20):         # the peer writes its reason before it goes; give it two seconds
+        for other in sorted(path.glob("logs/rank-*.exit.json")):
+            reason = json.loads(other.read_text())
+            failure = PeerDied(f"rank {int(other.name[5:10])} ended: {reason['error']}")
+            failure.exit_code = reason["exit_code"] if reason["exit_code"] != 1 else PeerDied.exit_code
+            return failure
+        time.sleep(0.1)
+    return PeerDied(f"another rank is gone without a word ({str(error).splitlines()[0]}); logs: {path / 'logs'}. "
+                    "Run the same command again to resume from the last checkpoint")
+
+
+def forget(path: Path) -> None:
+    """Drops the last words of an earlier attempt, so that nobody takes them for ours."""
+    for words in path.glob("logs/rank-*.exit.json"):
+        words.unlink()
+
+
+@contextlib.contextmanager
+def asked_to_stop() -> Iterator[list[int]]:
+    """Collects requests to end (SLURM's USR2, torchrun's TERM, Ctrl-C); a second Ctrl-C is taken at its word."""
+    asked: list[int] = []
+
+    def note(number: int, _: Any) -> None:
+        if number == signal.SIGINT and number in asked:
+            raise KeyboardInterrupt
+        asked.append(number)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def environment() -> dict[str, Any]:
@@ -97,9 +163,14 @@ def environment() -> dict[str, Any]:
 
 
 def log_to(path: Path) -> None:
-    """Sends this rank's log lines to logs/rank-00000.log."""
-    handler = logging.FileHandler(folder.make(path / "logs") / f"rank-{dist.rank():05d}.log")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    """Sends this rank's log lines to logs/rank-00000.log, and rank 0's warnings to the person as well."""
+    file = logging.FileHandler(folder.make(path / "logs") / f"rank-{dist.rank():05d}.log")
+    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     root = logging.getLogger("ssl_dist")
     root.setLevel(logging.INFO)
-    root.addHandler(handler)
+    root.addHandler(file)
+    if dist.rank() == 0:
+        person = logging.StreamHandler()
+        person.setLevel(logging.WARNING)
+        person.setFormatter(logging.Formatter("ssl-dist: warning: %(message)s"))
+        root.addHandler(person)

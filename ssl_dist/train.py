@@ -3,11 +3,9 @@
 import contextlib
 import io
 import json
-import logging
 import math
 import os
 import shutil
-import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from rich.console import Console
 
 from shards import folder
 from ssl_dist import checkpoint, config, dist, export, methods, optim, schedule, schema
@@ -26,12 +25,10 @@ from ssl_dist.data.loader import Loader
 from ssl_dist.data.reader import Reader
 from ssl_dist.data.stream import Stream
 from ssl_dist.engine import Engine
-from ssl_dist.log import Clock, Log
+from ssl_dist.log import Clock, Ledger, Log
 from ssl_dist.methods.base import Method
 from ssl_dist.models.batchnorm import synchronise
 from ssl_dist.models.encoder import Encoder
-
-logger = logging.getLogger("ssl_dist.train")
 
 PREEMPTED = 4
 
@@ -42,50 +39,42 @@ class NotFinite(ArithmeticError):
     exit_code = 8
 
 
-class PeerDied(RuntimeError):
-    """Another rank is gone."""
-
-    exit_code = 7
-
-
 def train(settings: Train) -> int:
     """Runs, or goes on with, the run that `settings` describe; returns the exit code."""
     device = dist.device(settings.device)
     dist.start(device)
-    path = Path(settings.run)
+    path, run = Path(settings.run), None
     with contextlib.ExitStack() as stack:
         stack.callback(dist.stop)
-        dist.once(lambda: stack.enter_context(folder.hold(path, "run.lock")) and None)
-        if dist.once(lambda: _done(path, settings)):
-            logger.info("%s is done already", path)
-            return 0
-        dist.once(lambda: _forget(path))
+        dist.once(lambda: stack.enter_context(folder.hold(path, "run.lock")))
         runs.log_to(path)
-        run = runs.Run(path, settings.steps, device)
-        # Beyond the loop too: torchrun asks the survivors of a dead rank to stop while they write down why.
-        asked = stack.enter_context(_asked_to_stop())
+        asked = stack.enter_context(runs.asked_to_stop())
         try:
-            return _train(settings, path, run, device, asked)
+            reader = Reader(settings.data.shards, settings.data.split)
+            identity = _identity(settings, reader)
+            found = dist.once(lambda: checkpoint.newest(path / "checkpoints"))
+            if found and _finished(found, identity, settings, path):
+                return 0
+            dist.once(lambda: runs.forget(path))
+            run = runs.Run(path, settings.steps, device)
+            return _train(settings, path, run, device, reader, identity, found, asked)
         except BaseException as error:
-            failure = _cause(error, path)
-            reason = getattr(failure, "exit_code", 1), f"{type(failure).__name__}: {failure}"
-            if isinstance(failure, PeerDied):
-                run.survived(*reason)
-            else:
-                run.ends("failed", *reason)
+            failure = runs.cause(error, path)
+            if run:
+                run.fails(failure)
             raise failure from error
 
 
-def _train(settings: Train, path: Path, run: runs.Run, device: torch.device, asked: list[int]) -> int:
+def _train(settings: Train, path: Path, run: runs.Run, device: torch.device, reader: Reader, identity: dict[str, Any],
+           found: Path | None, asked: list[int]) -> int:
     threads = max(1, len(os.sched_getaffinity(0)) // dist.local_world())
     torch.set_num_threads(threads)
-    reader = Reader(settings.data.shards, settings.data.split)
     stream = Stream(reader.counts, seed=settings.seed, window=settings.data.window, batch=settings.data.batch)
     method = build(settings).to(device)
     engine = Engine(method, optim.build(method, settings.optim), config.deepspeed(settings, dist.world()), device)
     method.to(memory_format=torch.channels_last)        # not before: DeepSpeed's broadcast wants contiguous weights
-    identity = _identity(settings, reader)
-    start = _resume(path, engine, identity)
+    start = checkpoint.load(found, engine) if found else 0
+    last = min(settings.steps, settings.stop or settings.steps)
     run.starts_at(start)
     if dist.rank() == 0:
         folder.write(path / "config.yaml", schema.dump(settings))
@@ -93,14 +82,9 @@ def _train(settings: Train, path: Path, run: runs.Run, device: torch.device, ask
     loader = Loader(reader, stream, method.views, rank=dist.rank(), world=dist.world(), device=device,
                     threads=settings.data.threads or threads, ahead=settings.data.ahead)
     log = Log(path, settings.steps, start)
-    ledger = _Ledger(path, reader) if settings.debug.ledger else None
-    last = min(settings.steps, settings.stop or settings.steps)
+    ledger = Ledger(path, reader) if settings.debug.ledger else None
     if dist.rank() == 0 and start == 0 and settings.log.pictures:
         _draw_views(loader, settings.log.pictures, path, log)
-
-    def save(step: int) -> None:
-        checkpoint.save(path / "checkpoints", step, engine, {"identity": identity}, settings.checkpoint.keep)
-        logger.info("saved step %d", step)
 
     step, clock = start, Clock()
     try:
@@ -125,10 +109,9 @@ def _train(settings: Train, path: Path, run: runs.Run, device: torch.device, ask
                                  "grad_norm": norm, **row, **clock.read(settings.data.batch)})
                 run.alive(step)
             if step % settings.checkpoint.every == 0 or step == last or stopping:
-                save(step)
+                checkpoint.save(path / "checkpoints", step, engine, {"identity": identity}, settings.checkpoint.keep)
             if stopping and step < last:
-                run.alive(step)
-                run.ends("preempted", PREEMPTED)
+                run.ends("preempted", PREEMPTED, step)
                 return PREEMPTED
     finally:
         log.close()
@@ -136,8 +119,7 @@ def _train(settings: Train, path: Path, run: runs.Run, device: torch.device, ask
     if step == settings.steps and dist.rank() == 0:
         export.export(_encoder(method), settings, reader, step, path / "encoder")
     dist.barrier()
-    run.alive(step)
-    run.ends("done" if step == settings.steps else "stopped", 0)
+    run.ends("done" if step == settings.steps else "stopped", 0, step)
     return 0
 
 
@@ -184,37 +166,22 @@ def rehearse(settings: Train, world: int) -> dict[str, Any]:
             "parameters": weights, "disk for checkpoints, GB": round(need / 1e9, 2)}
 
 
-def _done(path: Path, settings: Train) -> bool:
-    if not (path / "run.json").is_file() or not (path / "encoder" / "config.json").is_file():
-        return False
-    state = json.loads((path / "run.json").read_text())
-    return state["state"] == "done" and state["steps"] == settings.steps
-
-
-def _forget(path: Path) -> None:
-    """Drops the last words of an earlier attempt, so that nobody takes them for ours."""
-    for words in path.glob("logs/rank-*.exit.json"):
-        words.unlink()
-
-
 def _encoder(method: Method) -> Encoder:
     if not isinstance(method.encoder, Encoder):
         raise TypeError(f"{type(method).__module__} holds an encoder of type {type(method.encoder).__name__}")
     return method.encoder
 
 
-def _resume(path: Path, engine: Engine, identity: dict[str, Any]) -> int:
-    """Loads the newest sound checkpoint, if there is one; returns the step to go on with."""
-    found = dist.once(lambda: checkpoint.newest(path / "checkpoints"))
-    if found is None:
-        return 0
+def _finished(found: Path, identity: dict[str, Any], settings: Train, path: Path) -> bool:
+    """Whether there is nothing left to do; refuses to go on with a run that was begun as another."""
     state = checkpoint.state(found)
     if changed := _differences(state["identity"], identity):
         raise ConfigError([f"{path} was begun with other settings: {change}; put it back, or choose another run folder"
                            for change in changed])
-    checkpoint.load(found, engine)
-    logger.info("resumed from %s", found)
-    return state["step"]
+    done = state["step"] == settings.steps and (path / "encoder" / "config.json").is_file()
+    if done and dist.rank() == 0:
+        Console(stderr=True).print(f"{path} is done already: {settings.steps} steps", highlight=False)
+    return done
 
 
 def _identity(settings: Train, reader: Reader) -> dict[str, Any]:
@@ -225,7 +192,7 @@ def _identity(settings: Train, reader: Reader) -> dict[str, Any]:
     return {**tree, "data": data, "shards": [found.fingerprint for found in reader.indexes]}
 
 
-def _differences(before: Any, after: Any, prefix: str = "") -> Iterator[str] | list[str]:
+def _differences(before: Any, after: Any, prefix: str = "") -> list[str]:
     if isinstance(before, dict) and isinstance(after, dict):
         return [change for key in sorted(before.keys() | after.keys())
                 for change in _differences(before.get(key), after.get(key), f"{prefix}.{key}" if prefix else key)]
@@ -245,10 +212,10 @@ def _timed(batches: Iterator[Batch], clock: Clock) -> Iterator[Batch]:
 
 def _agree(loss: torch.Tensor, asked: bool, device: torch.device, step: int) -> bool:
     """Whether any rank was asked to stop; and that every rank's loss is a number, before anything learns from it."""
-    bad, stopping, worst = dist.largest([float(not math.isfinite(float(loss.detach()))), float(asked),
-                                         (dist.rank() + 1.0) * (not math.isfinite(float(loss.detach())))], device)
-    if bad:
-        raise NotFinite(f"the loss of step {step} is not finite on rank {int(worst) - 1}; nothing of this step was "
+    bad = not math.isfinite(float(loss.detach()))
+    stopping, culprit = dist.largest([float(asked), float(bad * (dist.rank() + 1))], device)
+    if culprit:
+        raise NotFinite(f"the loss of step {step} is not finite on rank {int(culprit) - 1}; nothing of this step was "
                         "kept. Try a smaller optim.lr, a longer optim.warmup, or optim.clip=1")
     return bool(stopping)
 
@@ -258,61 +225,6 @@ def _finite(norm: float, step: int) -> float:
         raise NotFinite(f"the gradient of step {step} is not finite; nothing of this step was kept. "
                         "Try a smaller optim.lr, a longer optim.warmup, or optim.clip=1")
     return norm
-
-
-@contextlib.contextmanager
-def _asked_to_stop() -> Iterator[list[int]]:
-    """Collects requests to end (SLURM's USR2, torchrun's TERM, Ctrl-C); a second Ctrl-C is taken at its word."""
-    asked: list[int] = []
-
-    def note(number: int, _: Any) -> None:
-        if number == signal.SIGINT and number in asked:
-            raise KeyboardInterrupt
-        asked.append(number)
-
-    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)}
-    try:
-        yield asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _cause(error: BaseException, path: Path) -> BaseException:
-    """The failure to report: our own, or, where a peer's death broke a collective, the peer's."""
-    mine = path / "logs" / f"rank-{dist.rank():05d}.exit.json"
-    lost = isinstance(error, RuntimeError) and any(word in str(error).lower() for word in
-                                                   ("connection closed", "connection reset", "connection refused",
-                                                    "broken pipe", "remote process exited", "socket"))
-    logger.error("ended by %s", error, exc_info=error)
-    if not lost:
-        with contextlib.suppress(OSError):
-            folder.write_json(mine, {"exit_code": getattr(error, "exit_code", 1), "error": str(error)})
-        return error
-    for _ in range(20):         # the peer writes its reason before it goes; give it two seconds
-        for other in sorted(path.glob("logs/rank-*.exit.json")):
-            reason = json.loads(other.read_text())
-            failure = PeerDied(f"rank {int(other.name[5:10])} ended: {reason['error']}")
-            failure.exit_code = reason["exit_code"] if reason["exit_code"] != 1 else PeerDied.exit_code
-            return failure
-        time.sleep(0.1)
-    return PeerDied(f"another rank is gone without a word ({str(error).splitlines()[0]}); logs: {path / 'logs'}. "
-                    "Run the same command again to resume from the last checkpoint")
-
-
-class _Ledger:
-    """Every sample this rank saw, a line each: what proves that a resumed run missed nothing."""
-
-    def __init__(self, path: Path, reader: Reader):
-        self._reader = reader
-        self._file = folder.make(path / "ledger") / f"rank-{dist.rank():05d}.jsonl"
-
-    def write(self, step: int, batch: Batch) -> None:
-        """The samples of one step."""
-        keys = self._reader.column("key", batch.rows)
-        with self._file.open("a") as handle:
-            handle.writelines(json.dumps({"step": step, "position": position, "key": key}) + "\n"
-                              for position, key in zip(batch.positions.tolist(), keys, strict=True))
 
 
 def _draw_views(loader: Loader, count: int, path: Path, log: Log) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,8 +10,9 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
-from ssl_dist import checkpoint
+from ssl_dist import checkpoint, train
 
 ROOT = Path(__file__).resolve().parent.parent
 LONG = ["data.batch=8", "steps=100000", "log.every=1", "checkpoint.every=100000", "method.view.size=32", "device=cpu",
@@ -71,3 +73,29 @@ def test_a_killed_rank_ends_the_job_and_the_survivor_speaks(shard: Path, tmp_pat
     assert account["state"] == "failed" and account["exit_code"] == 7 and "another rank is gone" in account["error"]
     assert account["attempts"][-1]["outcome"] == "failed"
     assert not ranks(run)
+
+
+def test_a_tar_that_was_cut_ends_a_launched_run_before_its_first_step(shard: Path, tmp_path: Path) -> None:
+    cut = shutil.copytree(shard, tmp_path / "cut")
+    tar = sorted(cut.glob("*.tar"))[0]
+    with tar.open("r+b") as handle:
+        handle.truncate(tar.stat().st_size // 2)
+    done = subprocess.run(
+        [sys.executable, "-m", "ssl_dist", "launch", "local", "ranks=2", "--", "train", "demo",
+         f"run={tmp_path / 'run'}", f"data.shards=[{cut}]", *LONG], capture_output=True, text=True, check=False,
+        env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=120)
+    assert done.returncode == 3
+    lines = [line for line in done.stderr.splitlines() if line.startswith("ssl-dist: error: ")]
+    assert len(lines) == 1 and str(tar) in lines[0] and "ssl-dist check" in lines[0]
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_a_loss_that_is_no_number_stops_before_anything_learns_from_it(value: float) -> None:
+    with pytest.raises(train.NotFinite, match="step 7 is not finite on rank 0") as refusal:
+        train._agree(torch.tensor(value), False, torch.device("cpu"), 7)
+    assert refusal.value.exit_code == 8
+    with pytest.raises(train.NotFinite, match="gradient of step 7"):
+        train._finite(value, 7)
+    assert train._agree(torch.tensor(1.0), True, torch.device("cpu"), 7)
+    assert not train._agree(torch.tensor(1.0), False, torch.device("cpu"), 7)

@@ -124,6 +124,7 @@ def test_a_run_does_not_go_on_under_other_settings(broken: Path, shard: Path, tm
     done = subprocess.run([sys.executable, "-m", "ssl_dist", *command], capture_output=True, text=True, check=False,
                           env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=120)
     assert done.returncode == 2
+    assert (run / "run.json").read_text() == (broken / "run.json").read_text(), "a refusal is no attempt"
     assert "seed was 7, now 8" in done.stderr and "method.temperature was 0.2, now 0.3" in done.stderr
 
 
