@@ -87,7 +87,8 @@ def library(shard: Path) -> Contender:
     urls = [str(path) for path in sorted(shard.glob("*.tar"))]
 
     def batches() -> Iterator[tuple[int, ...]]:
-        data = webdataset.WebDataset(urls, shardshuffle=False, nodesplitter=None, workersplitter=None, empty_check=False)
+        data = webdataset.WebDataset(urls, shardshuffle=False, nodesplitter=None, workersplitter=None,
+                                     empty_check=False)
         data = data.repeat().shuffle(200).map(_two_views).batched(BATCH, partial=False)
         for first, _ in torch.utils.data.DataLoader(data, batch_size=None, num_workers=CORES, prefetch_factor=3,
                                                     worker_init_fn=lambda _: opencv.one_thread()):
