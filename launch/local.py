@@ -16,7 +16,8 @@ CPU_RANKS = 2       # enough to be distributed, few enough for a laptop
 
 # torchrun answers every failed rank with a page of its own traceback, below which the rank's one line is lost.
 TORCHRUN = """
-import logging, sys
+import ctypes, logging, signal, sys
+ctypes.CDLL(None).prctl(1, signal.SIGTERM)      # if the launcher is killed, torchrun is asked to stop
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import main

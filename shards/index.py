@@ -90,6 +90,9 @@ def read(folder: Path) -> Index:
         if content["format"] != FORMAT:
             raise ShardError(f"{path} has format {content['format']}, this version reads {FORMAT}; "
                              "shard again, or use the version that wrote it")
+        for card in content["datasets"]:
+            if missing := {"name", "classes"} - card.keys():
+                raise KeyError(f"a dataset card without {', '.join(sorted(missing))}")
         content["tars"] = [Tar(**tar) for tar in content["tars"]]
         return Index(**content)
     except (KeyError, TypeError, ValueError) as error:

@@ -16,10 +16,10 @@ KEPT = (22, 130, 80)
 REJECTED = (200, 60, 50)
 
 
-def overlay(slide_path: Path, slide_mpp: float | None, kept: list[tuple[int, int]],
+def overlay(slide_path: Path, slide_mpp: tuple[float | None, float | None], kept: list[tuple[int, int]],
             rejected: list[tuple[int, int, str]], size: int, mpp: float, out: Path) -> None:
     """The slide, the outline of its tissue, the tiles kept (green) and those rejected for more than glass (red)."""
-    with Slide(slide_path, slide_mpp) as slide:
+    with Slide(slide_path, *slide_mpp) as slide:
         picture_mpp = max(slide.width * slide.mpp / OVERLAY_WIDTH, slide.mpp)
         picture = Image.fromarray(slide.thumbnail(picture_mpp))
         found = Image.fromarray(tissue.mask(slide.thumbnail(tissue.MASK_MPP)).astype(np.uint8) * 255)
@@ -75,7 +75,10 @@ def _sheet(shard: Path, found: index.Index, table: pa.Table, groups: list[tuple[
 def image(shard: Path, found: index.Index, table: pa.Table, row: int) -> Image.Image:
     """The picture of one sample, decoded."""
     tar, offset, size = (table[name][row].as_py() for name in ("tar", "offset", "size"))
-    with (shard / found.tars[tar].name).open("rb") as handle:
+    path = shard / found.tars[tar].name
+    if not path.is_file():
+        raise index.ShardError(f"{path} is missing; restore it, then run: ssl-dist check {shard}")
+    with path.open("rb") as handle:
         return Image.open(io.BytesIO(os.pread(handle.fileno(), size, offset))).convert("RGB")
 
 

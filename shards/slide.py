@@ -21,8 +21,8 @@ class SlideError(ValueError):
 class Slide:
     """An open slide. Coordinates are level-0 pixels everywhere, as in OpenSlide and in the pathologist's annotation."""
 
-    def __init__(self, path: Path, mpp: float | None = None):
-        """`mpp` overrides what the header says, in microns per level-0 pixel."""
+    def __init__(self, path: Path, mpp: float | None = None, missing_mpp: float | None = None):
+        """`mpp`, in microns per level-0 pixel, overrides the header; `missing_mpp` stands in where that is silent."""
         self.path = path
         if not path.exists():       # OpenSlide has one word for what is missing and what it does not know
             raise SlideError(f"no slide at {path} (looked in {Path.cwd()}); correct the name, or mount its disk")
@@ -33,7 +33,7 @@ class Slide:
             raise SlideError(f"{path} cannot be opened as a slide ({reason}): it is damaged or no slide; "
                              "move it out of the source folder, or allow for it with max_failed=1") from None
         self.width, self.height = self._handle.dimensions
-        self.mpp = mpp if mpp is not None else self._header_mpp()
+        self.mpp = mpp if mpp is not None else self._header_mpp(missing_mpp)
 
     def __enter__(self) -> "Slide":
         return self
@@ -41,13 +41,16 @@ class Slide:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
         self._handle.close()
 
-    def _header_mpp(self) -> float:
+    def _header_mpp(self, missing_mpp: float | None) -> float:
         properties = self._handle.properties
         try:
             x, y = (float(properties[name]) for name in (openslide.PROPERTY_NAME_MPP_X, openslide.PROPERTY_NAME_MPP_Y))
         except (KeyError, ValueError):
-            raise SlideError(f"{self.path} does not say its microns per pixel; "
-                             "if you know it, give it in the mpp column of slides.csv, or as slide_mpp=0.25") from None
+            if missing_mpp is not None:
+                return missing_mpp
+            raise SlideError(f"{self.path} does not say its microns per pixel; if you know it, give it in the mpp "
+                             "column of slides.csv, or slide_mpp=0.25 for all slides that do not say theirs, or leave "
+                             "the slide out with max_failed=1") from None
         low, high = PLAUSIBLE_MPP
         if not (low <= x <= high and low <= y <= high):
             raise SlideError(f"{self.path} claims {x} x {y} microns per pixel, which no scanner makes "

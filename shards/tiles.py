@@ -109,8 +109,9 @@ def sources(folder: Path, suffixes: tuple[str, ...], names: str) -> list[Source]
         slide = known.get("slide", path.stem)
         mpp = _microns(known["mpp"], path) if known.get("mpp") else None
         found.append(Source(path=path, name=Path(relative).with_suffix("").as_posix(), slide=slide,
-                            patient=known.get("patient", slide), split=known.get("split", ""),
-                            label=known.get("label", ""), mpp=mpp))
+                            # A slide is of one patient; of a tile that says nothing, the patient is unknown.
+                            patient=known.get("patient", slide if suffixes == SLIDES else ""),
+                            split=known.get("split", ""), label=known.get("label", ""), mpp=mpp))
     if not found:
         raise ShardError(f"nothing to shard below {folder}: no file ends in {', '.join(suffixes)}")
     if table and not described:
@@ -136,6 +137,9 @@ def _table(path: Path) -> dict[str, dict[str, str]]:
         raise ShardError(f"{path} is not a table in UTF-8 ({error}); export it again as CSV UTF-8") from None
     if rows and "slide" not in rows[0]:
         raise ShardError(f"{path} has no column 'slide' (it has {', '.join(rows[0])}); add one")
+    names = [row["slide"] for row in rows]
+    if twice := {name for name in names if names.count(name) > 1} if len(set(names)) < len(names) else set():
+        raise ShardError(f"{path} has more than one row for slide {min(twice)!r}; keep the one that is right")
     return {row["slide"]: {name: word for name, word in row.items() if word and name} for row in rows}
 
 
@@ -151,7 +155,7 @@ def key(*parts: str) -> str:
 def of_slide(source: Source, *, size: int, mpp: float, min_tissue: float, annotated: bool, min_label: float,
              encode: Jpeg, slide_mpp: float | None) -> Iterator[Tile | Rejected]:
     """Every tile of the grid over one slide's tissue, `size` pixels wide at `mpp`, accepted or with a reason."""
-    with Slide(source.path, source.mpp or slide_mpp) as slide:
+    with Slide(source.path, source.mpp, slide_mpp) as slide:
         if mpp < 0.95 * slide.mpp:
             yield Rejected(source, f"slide coarser than asked: {slide.mpp:g} microns per pixel hold no tile of {mpp:g}")
             return

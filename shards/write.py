@@ -13,6 +13,7 @@ import multiprocessing
 import os
 import re
 import shutil
+import signal
 import tarfile
 import threading
 import zlib
@@ -31,6 +32,8 @@ from shards.slide import SlideError
 Progress = Callable[[str, int, int], None]      # what is being done, how many are done, of how many
 
 FILES_A_UNIT = 500      # image files that one worker takes at a time: a second or so of work
+
+GROUPS = {"slide", "patient", "split", "label", "mpp"}      # what names= may tell of a file
 
 ROW = pa.schema([
     ("order", pa.uint64()), ("key", pa.string()), ("start", pa.int64()), ("size", pa.int32()), ("crc32", pa.uint32()),
@@ -56,7 +59,7 @@ class Settings:
     kind: str = field(default="slides", metadata={"choices": ("slides", "tiles"), "help": "what the source holds"})
     size: int = field(default=256, metadata={"range": (16, 4096), "help": "tile width, pixels (slides)"})
     mpp: float | None = field(default=None, metadata={"range": (0.05, 100), "help": "microns per pixel of a tile"})
-    slide_mpp: float | None = field(default=None, metadata={"range": (0.05, 5), "help": "overrides every header"})
+    slide_mpp: float | None = field(default=None, metadata={"range": (0.05, 5), "help": "of slides that do not say it"})
     min_tissue: float = field(default=0.5, metadata={"range": (0, 1), "help": "tissue fraction a tile must have"})
     labels: str = field(default="names", metadata={"choices": ("names", "annotations"),
                                                    "help": "from names= and slides.csv, or from <slide>.geojson"})
@@ -79,7 +82,12 @@ class Settings:
             return ["mpp is not set: slides are cut at a resolution you name, in microns per pixel (0.5 is 20x)"]
         if self.kind == "tiles" and self.labels == "annotations":
             return ["labels='annotations' belongs to slides; image files are labelled by names= or slides.csv"]
-        return []
+        out, source = Path(self.out).resolve(), Path(self.source).resolve()
+        if out == source or source in out.parents:
+            return [f"out={self.out} lies inside source={self.source}: the next call would take our pictures for "
+                    "tiles; choose an out elsewhere"]
+        groups = re.compile(self.names).groupindex.keys() - GROUPS
+        return [f"names= has a group {group!r}, which is not one of {', '.join(sorted(GROUPS))}" for group in groups]
 
 
 @dataclass(frozen=True)
@@ -140,6 +148,11 @@ def _finished(out: Path, decided: dict[str, Any]) -> Summary:
                 f"{name} was {found.settings.get(name)!r}, now {decided[name]!r}")
         raise SettingsChanged(f"out={out} holds shards written from something else ({what}); choose another out, or "
                               "delete that folder first")
+    for name, size in [(tar.name, tar.bytes) for tar in found.tars] + [
+            (Path(tar.name).with_suffix(".idx").name, None) for tar in found.tars] + [("rejected.jsonl", None)]:
+        if not (out / name).is_file() or size not in (None, (out / name).stat().st_size):
+            raise ShardError(f"{out} was complete, but {name} is missing or cut short now; restore it, or delete "
+                             "index.json and call again")
     return Summary(out, found.samples, len(found.tars), _reasons(out / "rejected.jsonl"), untouched=True)
 
 
@@ -196,6 +209,7 @@ def _end_with_parent() -> None:
             parent.join()
             os._exit(1)
 
+    signal.signal(signal.SIGINT, signal.SIG_IGN)        # Ctrl-C is for the job, which ends its workers itself
     threading.Thread(target=watch, daemon=True).start()
 
 
@@ -222,10 +236,11 @@ def _cut(unit: list[tiles.Source], number: int, settings: Settings, work: Path) 
         except SlideError as error:     # this slide's fault; anything else concerns the job and ends it
             failure = str(error)
             # What was cut before the failure goes too: half a slide would pass for a small one.
-            rows, rejected = {name: [] for name in ROW.names}, [tiles.Rejected(unit[0], failure)]
+            rows, rejected = {name: [] for name in ROW.names}, [tiles.Rejected(
+                unit[0], failure.replace(str(unit[0].path), unit[0].path.name))]
     if settings.kind == "slides" and failure is None:
         kept = list(zip(rows["x"], rows["y"], strict=True))
-        show.overlay(unit[0].path, unit[0].mpp or settings.slide_mpp, kept,
+        show.overlay(unit[0].path, (unit[0].mpp, settings.slide_mpp), kept,
                      [(item.x, item.y, item.reason) for item in rejected if item.x is not None and item.y is not None],
                      settings.size, settings.mpp or 1.0, _spool(work, number, ".png"))
     folder.publish(image, spool)

@@ -24,6 +24,12 @@ logger = logging.getLogger(__name__)
 FORMAT = 1
 
 
+class CheckpointError(RuntimeError):
+    """Checkpoints are there, and none can be used."""
+
+    exit_code = 9
+
+
 def save(root: Path, step: int, engine: Engine, state: dict[str, Any], keep: int) -> Path:
     """Writes `root`/step-000123 with all ranks; on return it is complete on every rank's view of the disk."""
     final, draft = root / name(step), root / f".{name(step)}.tmp"
@@ -82,6 +88,9 @@ def newest(root: Path) -> Path | None:
         if not (problems := verify(root / name(step))):
             return root / name(step)
         logger.warning("%s is damaged and will not be used: %s", root / name(step), "; ".join(problems))
+    if damaged := steps(root):
+        raise CheckpointError(f"all {len(damaged)} checkpoints in {root} are damaged (see the warnings above); restore "
+                              "one, or delete that folder to begin again from step 0")
     return None
 
 

@@ -31,13 +31,16 @@ def verb(function: Callable[..., int | None]) -> Callable[..., None]:
         except BrokenPipeError:         # whoever read us (head, less) has seen enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             code = 0
+        except KeyboardInterrupt:
+            print("ssl-dist: interrupted; run the same command again to go on", file=sys.stderr)    # noqa: T201
+            code = 130
         except Exception as error:
             known = getattr(error, "exit_code", None)
             if debug or (known is None and not isinstance(error, OSError)):
                 raise
             # Every rank fails together; rank 0 speaks for all, and each has its own log.
             if os.environ.get("RANK", "0") == "0":
-                for line in (str(error) or type(error).__name__).splitlines():
+                for line in (_sentence(error) or type(error).__name__).splitlines():
                     print(f"ssl-dist: error: {line}", file=sys.stderr)      # noqa: T201
             code = 9 if known is None else known
         sys.exit(code)
@@ -45,9 +48,23 @@ def verb(function: Callable[..., int | None]) -> Callable[..., None]:
     return command
 
 
+def _sentence(error: Exception) -> str:
+    """The error's words; a bare refusal of the disk is given the advice that goes with it."""
+    if isinstance(error, OSError) and not hasattr(error, "exit_code"):
+        from shards import folder
+
+        try:
+            with folder.storage(Path(error.filename or "the disk")):
+                raise error
+        except OSError as better:
+            return better.strerror if isinstance(better, folder.StorageError) and better.strerror else str(better)
+    return str(error)
+
+
 def say(*lines: str) -> None:
-    """Prints lines for the person who typed the command."""
-    print(*lines, sep="\n", flush=True)        # noqa: T201
+    """Prints lines for the person who typed the command: once, however many ranks there are."""
+    if os.environ.get("RANK", "0") == "0":
+        print(*lines, sep="\n", flush=True)        # noqa: T201
 
 
 @contextlib.contextmanager
@@ -94,7 +111,7 @@ def recipes(debug: Debug = False) -> None:     # noqa: ARG001
 
     folder = config.recipes()
     for path in sorted(folder.rglob("*.yaml")):
-        first = path.read_text().partition("\n")[0]
+        first = path.read_text(encoding="utf-8").partition("\n")[0]
         say(f"{path.relative_to(folder).with_suffix('').as_posix():24} {first.lstrip('# ')}")
 
 
@@ -174,7 +191,7 @@ def train(config: Config, overrides: Overrides = None, print_config: PrintConfig
 @app.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
 @verb
 def launch(where: Annotated[str, typer.Argument(help="local: torchrun on this machine.")],
-           arguments: Annotated[list[str], typer.Argument(help="[ranks=N] [port=N] -- VERB CONFIG key=value …")],
+           arguments: Annotated[list[str], typer.Argument(help="ranks=N port=N -- VERB CONFIG key=value …")],
            debug: Debug = False) -> int:       # noqa: ARG001
     """Run a verb on several ranks without changing a word of it."""
     from launch import local
@@ -196,6 +213,9 @@ def launch(where: Annotated[str, typer.Argument(help="local: torchrun on this ma
         (options if word.startswith("--") else overrides).append(word)
     settings = config.load(config.Train, rest[1], overrides)
     config.rank_batch(settings, local.ranks(job))
+    if settings.device == "cuda" and not local.gpus():
+        raise schema.ConfigError(["device='cuda', but this machine shows no GPU; `ssl-dist doctor` says more, "
+                                  "device=auto takes the CPU"])
     with folder.hold(settings.run, "run.lock"):
         pass        # free now: a folder in use is refused here, before the ranks start
     code = local.run(job, ["train", rest[1], *overrides, *options], settings.run)
@@ -229,6 +249,12 @@ def evaluate(config: Config, overrides: Overrides = None, print_config: PrintCon
         threads = settings.threads or len(os.sched_getaffinity(0))
         result = knn.run(settings, dist.device(settings.device), threads, progress)
     say(f"{settings.protocol}: " + ", ".join(f"{name} {value:.3f}" for name, value in result["metrics"].items()))
+    seen = {name: count for name, count in (result["seen_in_pretraining"] or {}).items() if count}
+    if seen:
+        say("warning: the encoder was pretrained on " + ", ".join(f"{count} of the query's {name}" for name, count in
+                                                                  seen.items()) + "; this figure is too good")
+    if unknown := result["counts"]["unknown_patients"]:
+        say(f"warning: the patients of {unknown} query tiles are unknown; some may be in the bank as well")
     for name, figures in result["baselines"].items():
         say(f"{name}: " + ", ".join(f"{key} {value:.3f}" for key, value in figures.items()))
     return None
@@ -243,20 +269,23 @@ def export(run: Annotated[Path, typer.Argument(help="A run folder.")], debug: De
     path = run / "config.yaml"
     if not path.is_file():
         raise schema.ConfigError([f"{run} has no config.yaml: it is not a run folder, or its run never began"])
+    from shards import folder
     from ssl_dist import train as trainer
 
-    say(str(trainer.from_checkpoint(config.load_train(str(path), [f"run={run}"]), run)))
+    with folder.hold(run, "run.lock"):
+        say(str(trainer.from_checkpoint(config.load_train(str(path), [f"run={run}"]), run)))
 
 
 @app.command()
 @verb
 def report(runs: Annotated[list[Path], typer.Argument(help="One run folder, or several to compare.")],
-           out: Annotated[Path | None, typer.Option(help="The page to write.", show_default="RUN/report.html")] = None,
+           out: Annotated[Path | None, typer.Option(
+               help="The page to write.", show_default="RUN/report.html; of several: ./report.html")] = None,
            debug: Debug = False) -> None:      # noqa: ARG001
     """Write report.html: curves, pictures, figures, one file that can be mailed."""
     from ssl_dist.report import page
 
-    say(str(page.write(runs, out or runs[0] / "report.html")))
+    say(str(page.write(runs, out or (runs[0] if len(runs) == 1 else Path()) / "report.html")))
 
 
 @app.command()
@@ -272,4 +301,7 @@ def demo(folder: Annotated[Path, typer.Argument(help="Where everything goes.")] 
 
 def main() -> None:
     """The console script."""
+    for stream in (sys.stdout, sys.stderr):     # µ must not end a command where the locale is older than UTF-8
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
     app()

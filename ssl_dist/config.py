@@ -18,7 +18,7 @@ class Data:
     shards: list[Path] = field(metadata={"exists": True, "some": True, "help": "shard folders",
                                          "otherwise": "; write it with: ssl-dist shard CONFIG out=FOLDER"})
     split: str = field(default="", metadata={"help": "only tiles of this split; empty: all"})
-    batch: int = field(default=256, metadata={"range": (1, 10**6), "help": "tiles a step, over all ranks"})
+    batch: int = field(default=256, metadata={"range": (2, 10**6), "help": "tiles a step, over all ranks"})
     window: int = field(default=16, metadata={"range": (1, 10**6), "help": "tars whose tiles are permuted together"})
     threads: int = field(default=0, metadata={"range": (0, 1024), "help": "a rank; 0: its share of the cores"})
     ahead: int = field(default=3, metadata={"range": (1, 64), "help": "batches kept ready before the step"})
@@ -132,7 +132,8 @@ def load(kind: type, name: str, overrides: list[str]) -> Any:
 def load_train(name: str, overrides: list[str]) -> Train:
     """A training config with its method's own keys checked and filled in; imports the method, and so torch."""
     train = load(Train, name, overrides)
-    return replace(train, method={"name": train.method["name"], **schema.plain(method_config(train, name))})
+    own = schema.plain(method_config(train, str(recipe(name))))
+    return replace(train, method={"name": train.method["name"], **own})
 
 
 def method_config(train: Train, where: str = "config") -> Any:

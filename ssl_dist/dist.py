@@ -13,6 +13,12 @@ import torch.distributed as c10d
 from torch import Tensor
 
 
+class NoDevice(RuntimeError):
+    """A device that was asked for and is not there."""
+
+    exit_code = 2
+
+
 def start(device: torch.device, minutes: float = 10) -> None:
     """Joins the ranks that torchrun or SLURM started, or makes a group of one that needs no port."""
     backend, patience = "nccl" if device.type == "cuda" else "gloo", timedelta(minutes=minutes)
@@ -37,7 +43,7 @@ def device(wanted: str) -> torch.device:
     if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():
-        raise RuntimeError("device=cuda, but torch sees no GPU; `ssl-dist doctor` says why, device=auto takes the CPU")
+        raise NoDevice("device=cuda, but torch sees no GPU; `ssl-dist doctor` says why, device=auto takes the CPU")
     return torch.device("cuda", local_rank())
 
 

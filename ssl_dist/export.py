@@ -12,7 +12,7 @@ import numpy as np
 from shards import folder
 from ssl_dist import config as configs
 from ssl_dist.data.reader import Reader
-from ssl_dist.models.encoder import Encoder
+from ssl_dist.models.encoder import Encoder, salted
 
 CARD = """---
 library_name: timm
@@ -56,8 +56,8 @@ def export(encoder: Encoder, train: configs.Train, reader: Reader, step: int, ou
         std=list(encoder.std), size=view.get("size", "?"), mpp=", ".join(map(str, facts["mpp"])) or "unknown",
         samples=facts["counts"]["tiles"], slides=facts["counts"]["slides"], patients=facts["counts"]["patients"],
         seen=step * train.data.batch, steps=step, batch=train.data.batch, optimizer=train.optim.name,
-        lr=train.optim.lr, datasets="; ".join(f"{card['name']} ({card['organ']}, {card['stain']}, licence "
-                                              f"{card['licence']})" for card in cards)))
+        lr=train.optim.lr, datasets="; ".join(f"{card['name']} ({card.get('organ')}, {card.get('stain')}, licence "
+                                              f"{card.get('licence')})" for card in cards)))
     folder.write(draft / "pretraining.json", json.dumps({**facts, "method": train.method["name"], "step": step,
                                                          "seen": step * train.data.batch}) + "\n")
     shutil.rmtree(out, ignore_errors=True)
@@ -69,7 +69,7 @@ def _facts(reader: Reader) -> dict[str, Any]:
     """Counts, and digests under a salt that is stated: they tell equal from different and nothing more."""
     rows = reader.all_rows()
     salt = hashlib.sha256("".join(found.fingerprint for found in reader.indexes).encode()).hexdigest()[:32]
-    names = {"slides": reader.distinct("slide"), "patients": reader.distinct("patient")}
+    names = {"slides": reader.distinct("slide"), "patients": reader.distinct("patient") - {""}}
     tiles = sorted(digest.hex() for digest in reader.column("digest", rows))
     mpp = np.unique(np.round(np.array(reader.column("mpp", rows), dtype=np.float64), 4))
     return {"salt": salt, "counts": {"tiles": len(rows), **{name: len(words) for name, words in names.items()}},
@@ -78,5 +78,4 @@ def _facts(reader: Reader) -> dict[str, Any]:
 
 
 def _salted(salt: str, words: Iterable[str]) -> list[str]:
-    return sorted(hashlib.blake2b(f"{salt}{word}".encode(errors="surrogateescape"), digest_size=12).hexdigest()
-                  for word in words)
+    return sorted(salted(salt, word) for word in words)

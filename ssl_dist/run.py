@@ -1,6 +1,7 @@
 """The run folder's own account: what state it is in, who tried when, on which machine, with which versions."""
 
 import contextlib
+import ctypes
 import importlib.metadata
 import json
 import logging
@@ -50,7 +51,7 @@ class Run:
 
     def __init__(self, path: Path, steps: int, device: torch.device):
         self.path, self._beat, self._speaker = path / "run.json", 0.0, dist.rank() == 0
-        before = json.loads(self.path.read_text()) if self.path.is_file() else {"attempts": []}
+        before = _before(self.path)
         for attempt in before["attempts"]:
             # Whoever did not say goodbye was killed: we hold the lock now, so nobody else is alive.
             attempt["outcome"] = attempt["outcome"] or "killed"
@@ -101,6 +102,20 @@ class Run:
             folder.write_json(self.path, self.content | {"heartbeat": now()})
 
 
+def _before(path: Path) -> dict[str, Any]:
+    """What run.json says of earlier attempts; an unreadable one is history lost, and no reason not to go on."""
+    try:
+        before = json.loads(path.read_text())
+        if all("outcome" in attempt for attempt in before["attempts"]):
+            return before
+        raise KeyError("outcome")
+    except FileNotFoundError:
+        return {"attempts": []}
+    except (ValueError, KeyError, TypeError) as error:
+        logger.warning("%s cannot be read (%s) and is begun anew", path, error)
+        return {"attempts": []}
+
+
 def cause(error: BaseException, path: Path) -> BaseException:
     """The failure to report: our own, or, where a peer's death broke a collective, the peer's."""
     lost = isinstance(error, RuntimeError) and any(word in str(error).lower() for word in LOST)
@@ -117,7 +132,8 @@ def cause(error: BaseException, path: Path) -> BaseException:
             failure.exit_code = reason["exit_code"] if reason["exit_code"] != 1 else PeerDied.exit_code
             return failure
         time.sleep(0.1)
-    return PeerDied(f"another rank is gone without a word ({str(error).splitlines()[0]}); logs: {path / 'logs'}. "
+    said = str(error).splitlines()[0].partition(" This is typically")[0]
+    return PeerDied(f"another rank is gone without a word ({said}); logs: {path / 'logs'}. "
                     "Run the same command again to resume from the last checkpoint")
 
 
@@ -125,6 +141,12 @@ def forget(path: Path) -> None:
     """Drops the last words of an earlier attempt, so that nobody takes them for ours."""
     for words in path.glob("logs/rank-*.exit.json"):
         words.unlink()
+
+
+def end_with_launcher() -> None:
+    """Asks this rank to stop when torchrun is gone, however it went: nobody else could end it, and it holds the run."""
+    if os.environ.get(LAUNCH):
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)      # PR_SET_PDEATHSIG
 
 
 @contextlib.contextmanager

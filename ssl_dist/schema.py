@@ -46,7 +46,11 @@ def load(schema: type, file: Path | None, overrides: list[str]) -> Any:
             problems.append(f"{word!r} is not key=value; write, for example, seed=1")
             continue
         try:
-            given = OmegaConf.to_container(OmegaConf.from_dotlist([word]))
+            text = word.partition("=")[2]
+            if _is_text(schema, name) and text not in ("null", MISSING):
+                given = _nested(name, _unquoted(text))      # as typed: YAML would see a comment in "a #2"
+            else:
+                given = typing.cast(dict, OmegaConf.to_container(OmegaConf.from_dotlist([word])))
             values = _merge(values, given)
         except (OmegaConfBaseException, yaml.YAMLError) as error:
             problems.append(f"{word!r} cannot be read as key=value ({_first_line(error)})")
@@ -91,7 +95,7 @@ def plain(value: Any) -> Any:
 def _file(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     """The content of a YAML file, and for every key the line it stands on."""
     try:
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8")
         values = OmegaConf.to_container(OmegaConf.create(text)) if text.strip() else {}
         node = yaml.compose(text, Loader=yaml.SafeLoader)
     except OSError as error:
@@ -116,6 +120,26 @@ def _merge(base: dict[str, Any], over: Any) -> dict[str, Any]:
         both = isinstance(value, dict) and isinstance(merged.get(key), dict)
         merged[key] = _merge(merged[key], value) if both else value
     return merged
+
+
+def _is_text(schema: type, name: str) -> bool:
+    """Whether a dotted key names a path or a word."""
+    hint: Any = schema
+    for part in name.split("."):
+        hints = typing.get_type_hints(hint) if dataclasses.is_dataclass(hint) else {}
+        hint = hints.get(part)
+    return hint in (str, Path) or (typing.get_origin(hint) in (types.UnionType, typing.Union)
+                                   and bool({str, Path} & set(typing.get_args(hint))))
+
+
+def _nested(name: str, value: Any) -> dict[str, Any]:
+    for part in reversed(name.split(".")):
+        value = {part: value}
+    return value
+
+
+def _unquoted(text: str) -> str:
+    return text[1:-1] if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"" else text
 
 
 def _rules(instance: Any, prefix: str) -> Iterator[str]:

@@ -49,8 +49,10 @@ def train(settings: Train) -> int:
         dist.once(lambda: stack.enter_context(folder.hold(path, "run.lock")))
         runs.log_to(path)
         asked = stack.enter_context(runs.asked_to_stop())
+        runs.end_with_launcher()
         try:
             reader = Reader(settings.data.shards, settings.data.split)
+            dist.once(reader.verify)
             identity = _identity(settings, reader)
             found = dist.once(lambda: checkpoint.newest(path / "checkpoints"))
             if found and _finished(found, identity, settings, path):
@@ -112,6 +114,7 @@ def _train(settings: Train, path: Path, run: runs.Run, device: torch.device, rea
                 checkpoint.save(path / "checkpoints", step, engine, {"identity": identity}, settings.checkpoint.keep)
             if stopping and step < last:
                 run.ends("preempted", PREEMPTED, step)
+                _tell(f"{path} was asked to stop and is saved at step {step}; run the same command again to go on")
                 return PREEMPTED
     finally:
         log.close()
@@ -153,6 +156,11 @@ def rehearse(settings: Train, world: int) -> dict[str, Any]:
         method = build(settings)
     weights = sum(parameter.numel() for parameter in method.parameters())
     path = Path(settings.run)
+    dist.device(settings.device)
+    if path.exists() and not path.is_dir():
+        raise ConfigError([f"run={path} is a file; choose a folder"])
+    if found := checkpoint.newest(path / "checkpoints"):
+        _hold(found, _identity(settings, reader), path)
     home = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
     with folder.storage(path):
         if not os.access(home, os.W_OK):
@@ -174,14 +182,24 @@ def _encoder(method: Method) -> Encoder:
 
 def _finished(found: Path, identity: dict[str, Any], settings: Train, path: Path) -> bool:
     """Whether there is nothing left to do; refuses to go on with a run that was begun as another."""
+    done = _hold(found, identity, path) == settings.steps and (path / "encoder" / "config.json").is_file()
+    if done:
+        _tell(f"{path} is done already: {settings.steps} steps")
+    return done
+
+
+def _hold(found: Path, identity: dict[str, Any], path: Path) -> int:
+    """The step of a checkpoint, if it belongs to the run that the settings describe."""
     state = checkpoint.state(found)
     if changed := _differences(state["identity"], identity):
         raise ConfigError([f"{path} was begun with other settings: {change}; put it back, or choose another run folder"
                            for change in changed])
-    done = state["step"] == settings.steps and (path / "encoder" / "config.json").is_file()
-    if done and dist.rank() == 0:
-        Console(stderr=True).print(f"{path} is done already: {settings.steps} steps", highlight=False)
-    return done
+    return state["step"]
+
+
+def _tell(sentence: str) -> None:
+    if dist.rank() == 0:
+        Console(stderr=True).print(sentence, markup=False, highlight=False, soft_wrap=True)
 
 
 def _identity(settings: Train, reader: Reader) -> dict[str, Any]:

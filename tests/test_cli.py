@@ -233,3 +233,24 @@ def test_help_is_quick_enough_to_be_asked_often() -> None:
 def test_doctor_speaks_json() -> None:
     done = ssl_dist("doctor", "--json")
     assert {"name", "state", "found", "advice"} <= set(json.loads(done.stdout)[0])
+
+
+@pytest.mark.parametrize("name", ["a #2", "1", "with space", "it's", "[x]", "a: b", "1e3"])
+def test_a_path_on_the_command_line_is_taken_as_typed(somewhere: Path, name: str) -> None:
+    from ssl_dist import config
+
+    loaded = config.load(config.Train, str(ROOT / "configs" / "demo.yaml"),
+                         [f"run={name}", f"data.shards=[{somewhere}]"])
+    assert loaded.run == Path(name)
+
+
+def test_the_same_shards_twice_are_refused(shard: Path, tmp_path: Path) -> None:
+    done = ssl_dist("train", "demo", f"run={tmp_path / 'run'}", f"data.shards=[{shard},{shard}]", "--dry-run")
+    assert done.returncode == 3 and "more than once" in errors(done)[0]
+
+
+def test_a_gpu_that_is_not_there_is_refused_in_one_line(shard: Path, tmp_path: Path) -> None:
+    for words in (["train"], ["launch", "local", "ranks=1", "--", "train"]):
+        done = ssl_dist(*words, "demo", f"run={tmp_path / 'run'}", f"data.shards=[{shard}]", "device=cuda",
+                        "data.batch=8", CUDA_VISIBLE_DEVICES="")
+        assert done.returncode == 2 and len(errors(done)) == 1 and "device=auto" in errors(done)[0]

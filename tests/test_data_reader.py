@@ -45,7 +45,7 @@ def pack(folder: Path, *, tars: int, name: str = "made", seed: int = 0) -> list[
         "x": range(count), "y": range(count), "mpp": [0.5] * count, "label": [-1] * count,
         "split": [row["split"] for row in rows], "stain": ["H&E"] * count, "organ": [""] * count,
         "encoding": ["source"] * count, "digest": [bytes(16)] * count})
-    index.write(folder, index.Index([{"name": name, "classes": []}], {}, "a fingerprint", listed))
+    index.write(folder, index.Index([{"name": name, "classes": []}], {}, f"the fingerprint of {name}", listed))
     return rows
 
 

@@ -99,3 +99,14 @@ def test_a_loss_that_is_no_number_stops_before_anything_learns_from_it(value: fl
         train._finite(value, 7)
     assert train._agree(torch.tensor(1.0), True, torch.device("cpu"), 7)
     assert not train._agree(torch.tensor(1.0), False, torch.device("cpu"), 7)
+
+
+def test_ranks_do_not_outlive_a_launcher_that_is_killed(shard: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    process = start(run, shard)
+    process.kill()
+    deadline = time.monotonic() + 60
+    while ranks(run):
+        assert time.monotonic() < deadline, "the ranks train on, with nobody to end them"
+        time.sleep(0.2)
+    assert json.loads((run / "run.json").read_text())["state"] == "preempted"

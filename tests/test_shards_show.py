@@ -13,7 +13,7 @@ from shards.slide import Slide
 
 def test_an_overlay_draws_kept_tiles_green_and_rejected_ones_red_where_they_lie(slides: Path, tmp_path: Path) -> None:
     kept, rejected = [(256, 128), (512, 640)], [(128, 512, "blank"), (768, 768, "background")]
-    show.overlay(slides / "P00-S0.svs", None, kept, rejected, size=64, mpp=1.0, out=tmp_path / "a.png")
+    show.overlay(slides / "P00-S0.svs", (None, None), kept, rejected, size=64, mpp=1.0, out=tmp_path / "a.png")
     with Image.open(tmp_path / "a.png") as picture:
         assert picture.size == (800, 800)
         pixels = np.asarray(picture.convert("RGB"))
@@ -41,7 +41,7 @@ def test_tiles_smaller_than_their_outline_are_dots_and_do_not_end_the_job(slides
     """A slide of 100,000 pixels with tiles of 224: less than two pixels of the overlay."""
     monkeypatch.setattr(show, "OVERLAY_WIDTH", 40)
     kept = [(x, y) for x in range(0, 1024, 32) for y in range(0, 1024, 32)]
-    show.overlay(slides / "P00-S0.svs", None, kept, [(0, 0, "blank")], size=16, mpp=1.0, out=tmp_path / "a.png")
+    show.overlay(slides / "P00-S0.svs", (None, None), kept, [(0, 0, "blank")], size=16, mpp=1.0, out=tmp_path / "a.png")
     with Image.open(tmp_path / "a.png") as picture:
         pixels = np.asarray(picture.convert("RGB"))
     assert pixels.shape == (40, 40, 3)

@@ -228,7 +228,7 @@ def test_names_and_slides_csv_tell_of_a_file_and_the_table_goes_first(tmp_path: 
     plain = tiles.sources(tmp_path, tiles.IMAGES, "")
     assert [one.path for one in plain] == sorted(one.path for one in plain)
     assert {(one.slide, one.patient, one.split, one.label, one.mpp) for one in plain} == {
-        (Path(name).stem, Path(name).stem, "", "", None) for name in told}
+        (Path(name).stem, "", "", "", None) for name in told}, "of a tile that says nothing, the patient is unknown"
 
 
 @pytest.mark.parametrize(("table", "says"), [
@@ -441,3 +441,10 @@ def test_a_slide_coarser_than_asked_is_left_out_and_not_blown_up(slides: Path) -
     (only,) = tiles.of_slide(source(path), size=64, mpp=0.25, min_tissue=0.5, annotated=False, min_label=0.75,
                              encode=ENCODE, slide_mpp=None)
     assert isinstance(only, tiles.Rejected) and "coarser" in only.reason and "0.5" in only.reason
+
+
+def test_a_table_that_says_two_things_of_one_slide_is_refused(tmp_path: Path) -> None:
+    saved(tmp_path / "a.png", noise(0))
+    (tmp_path / "slides.csv").write_text("slide,patient,split\na,p,train\na,q,test\n")
+    with pytest.raises(index.ShardError, match="more than one row for slide 'a'"):
+        tiles.sources(tmp_path, tiles.IMAGES, "")

@@ -340,8 +340,11 @@ def test_a_full_disk_ends_the_job_with_what_to_do_and_the_next_call_completes_it
 
 
 def test_rules_that_concern_two_settings_are_said_in_a_line(tmp_path: Path) -> None:
-    plain = {"source": tmp_path, "out": tmp_path, "dataset": "a"}
+    plain = {"source": tmp_path / "in", "out": tmp_path / "out", "dataset": "a"}
     assert write.Settings(**plain, mpp=0.5).rules() == []
     assert write.Settings(**plain, kind="tiles").rules() == []
     assert "mpp is not set" in write.Settings(**plain).rules()[0]
     assert "labels='annotations'" in write.Settings(**plain, kind="tiles", labels="annotations").rules()[0]
+    assert "'pateint'" in write.Settings(**plain, kind="tiles", names="(?P<pateint>.)").rules()[0]
+    for inside in (tmp_path / "in", tmp_path / "in" / "shards", tmp_path / "out" / ".." / "in"):
+        assert "lies inside source" in write.Settings(**{**plain, "out": inside}, kind="tiles").rules()[0]

@@ -19,6 +19,9 @@ class Reader:
     def __init__(self, folders: list[Path], split: str = ""):
         self.folders, self.split = [Path(folder) for folder in folders], split
         self.indexes = [index.read(folder) for folder in self.folders]
+        fingerprints = [found.fingerprint for found in self.indexes]
+        if len(set(fingerprints)) < len(fingerprints):
+            raise ShardError(f"{', '.join(map(str, self.folders))} hold the same shards more than once; name each once")
         self.tables = [index.samples(folder) for folder in self.folders]
         self.tars: list[Path] = []
         self._spans: list[tuple[int, int, int]] = []        # a tar's folder, first row and end, in the folder's table
@@ -54,6 +57,13 @@ class Reader:
             if size != tar.bytes:
                 state = "is missing" if size is None else f"has {size} bytes, should have {tar.bytes}"
                 raise ShardError(f"{path} {state}; restore it, then run: ssl-dist check {folder}")
+
+    def verify(self) -> None:
+        """Holds the sample tables against their fingerprints: a flipped bit there would mislead every rank."""
+        for folder, found in zip(self.folders, self.indexes, strict=True):
+            if index.fingerprint(folder, found) != found.fingerprint:
+                raise ShardError(f"{folder}: index.json or samples.arrow changed since they were written; run: "
+                                 f"ssl-dist check {folder}")
 
     def splits(self) -> list[str]:
         """The words that the split column holds."""

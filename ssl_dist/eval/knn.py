@@ -19,9 +19,11 @@ from torch import Tensor
 from shards import folder
 from shards.index import ShardError
 from ssl_dist.config import Eval
-from ssl_dist.eval import features, metrics
+from ssl_dist.eval import features, leakage, metrics
 from ssl_dist.eval.features import Split
 from ssl_dist.models import encoder as encoders
+
+UNKNOWN = ""            # the patient of a tile whose source does not say
 
 Progress = Callable[[str, int, int], None]
 
@@ -53,7 +55,10 @@ def _run(settings: Eval, bank: Split, query: Split, device: torch.device, thread
          progress: Progress) -> dict[str, Any]:
     if len(bank.rows) < settings.k:
         raise ShardError(f"k={settings.k} neighbours are more than the {len(bank.rows)} tiles of the bank; lower k")
-    shared = sorted(set(bank.patients) & set(query.patients))
+    for name, split in ((settings.data.bank, bank), (settings.data.query, query)):
+        if len(split.labels_S.unique()) < 2:
+            raise ShardError(f"split {name!r} holds one class only: every guess would be right; label more classes")
+    shared = sorted(set(bank.patients) & set(query.patients) - {UNKNOWN})
     if shared:
         raise ShardError(f"{len(shared)} patients are in both {settings.data.bank!r} and {settings.data.query!r} ("
                          f"{shared[0]!r}, …): tiles of one patient resemble each other, so the score would be too "
@@ -65,6 +70,8 @@ def _run(settings: Eval, bank: Split, query: Split, device: torch.device, thread
         vectors = [features.extract(encoder, split, size=size, batch=settings.batch, threads=threads,
                                     device=device, progress=functools.partial(progress, f"{what}, {name}"))
                    for name, split in (("bank", bank), ("query", query))]
+        if not all(bool(each.isfinite().all()) for each in vectors):
+            raise encoders.EncoderError(f"{what} gives features that are no numbers; its weights are damaged")
         similarity_QK, places_QK = neighbours(vectors[1], vectors[0], settings.k)
         return vote(similarity_QK, bank.labels_S[places_QK], len(bank.classes), settings.temperature), places_QK
 
@@ -84,8 +91,11 @@ def _run(settings: Eval, bank: Split, query: Split, device: torch.device, thread
         "shards": [{"path": str(path), "fingerprint": found.fingerprint}
                    for path, found in zip(settings.data.shards, bank.reader.indexes, strict=True)],
         "metrics": _figures(counts_CC), "baselines": baselines,
-        "counts": {"bank": len(bank.rows), "queries": len(query.rows), "bank_patients": len(set(bank.patients)),
-                   "query_patients": len(set(query.patients)), "shared_patients": len(shared)},
+        "counts": {"bank": len(bank.rows), "queries": len(query.rows),
+                   "bank_patients": len(set(bank.patients) - {UNKNOWN}),
+                   "query_patients": len(set(query.patients) - {UNKNOWN}), "shared_patients": len(shared),
+                   "unknown_patients": query.patients.count(UNKNOWN)},
+        "seen_in_pretraining": leakage.overlap(settings.encoder, query),
         "classes": bank.classes, "confusion": counts_CC.tolist(), "pictures": ["knn_neighbours.png"],
         "seed": settings.seed,
     }

@@ -93,7 +93,15 @@ def build(folder: Path) -> Encoder:
 
 def trained_size(folder: Path) -> int:
     """The width in pixels of the views that an exported encoder was trained on."""
-    return int(_config(folder)["pretrained_cfg"]["input_size"][-1])
+    try:
+        return int(_config(folder)["pretrained_cfg"]["input_size"][-1])
+    except (KeyError, TypeError, IndexError, ValueError):
+        raise EncoderError(f"{folder}/config.json does not say the size of its input; set size=") from None
+
+
+def salted(salt: str, word: str) -> str:
+    """A name as it stands in pretraining.json: equal names can be told from different ones, and nothing more."""
+    return hashlib.blake2b(f"{salt}{word}".encode(errors="surrogateescape"), digest_size=12).hexdigest()
 
 
 def digest(folder: Path) -> str:

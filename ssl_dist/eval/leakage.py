@@ -1,0 +1,19 @@
+"""What of an evaluation was already seen in pretraining: by the salted digests that travel with an encoder."""
+
+import json
+from pathlib import Path
+
+from ssl_dist.eval.features import Split
+from ssl_dist.models import encoder as encoders
+
+
+def overlap(encoder: Path, query: Split) -> dict[str, int] | None:
+    """How many of the query's tiles, slides and patients the encoder was trained on; None where it does not say."""
+    try:
+        facts = json.loads((encoder / "pretraining.json").read_text(encoding="utf-8"))
+        salt, kinds = facts["salt"], {name: set(facts[name]) for name in ("tiles", "slides", "patients")}
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    words = {"tiles": [digest.hex() for digest in query.reader.column("digest", query.rows)],
+             "slides": set(query.reader.column("slide", query.rows)), "patients": set(query.patients) - {""}}
+    return {name: sum(encoders.salted(salt, word) in kinds[name] for word in each) for name, each in words.items()}
