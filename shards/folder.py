@@ -21,6 +21,9 @@ class StorageError(OSError):
 
     exit_code = 9
 
+    def __str__(self) -> str:
+        return self.strerror or super().__str__()       # the number says nothing that the sentence does not
+
 
 @contextlib.contextmanager
 def storage(path: Path) -> Iterator[None]:

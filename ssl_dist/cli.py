@@ -57,7 +57,7 @@ def _sentence(error: Exception) -> str:
             with folder.storage(Path(error.filename or "the disk")):
                 raise error
         except OSError as better:
-            return better.strerror if isinstance(better, folder.StorageError) and better.strerror else str(better)
+            return str(better)
     return str(error)
 
 
