@@ -45,7 +45,6 @@ class Drawer:
 
     def __init__(self, views: tuple[View, ...], batch: int, threads: int, device_id: int | None):
         self.views = views
-        self._device = "gpu" if device_id is not None else "cpu"
         self._pipeline = Pipeline(batch_size=batch, num_threads=threads, device_id=device_id, prefetch_queue_depth=1,
                                   exec_dynamic=True)
         with self._pipeline:
