@@ -57,8 +57,8 @@ def make(folder: Path) -> Path:
 
 
 @contextlib.contextmanager
-def hold(folder: Path, lock: str) -> Iterator[None]:
-    """The only writer of `folder` while the block runs.
+def hold(folder: Path, lock: str, *, shared: bool = False, wait: bool = False) -> Iterator[None]:
+    """The only writer of `folder` while the block runs, or one of those that `shared` it.
 
     The kernel drops the lock when its holder ends, however it ends, so there is no stale lock to clean up. The file
     itself stays: removing it would let two processes hold two locks of one name.
@@ -69,7 +69,7 @@ def hold(folder: Path, lock: str) -> Iterator[None]:
         handle = path.open("a+")
     with handle:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             handle.seek(0)
             raise FolderInUse(

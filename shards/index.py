@@ -7,8 +7,10 @@
 
 import hashlib
 import json
+import os
+import shutil
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +71,7 @@ class Index:
     settings: dict[str, Any]           # everything that decided which bytes were written
     fingerprint: str                   # of all of the above and below, and of samples.arrow
     tars: list[Tar]
+    files: dict[str, str] = field(default_factory=dict)     # SHA-256 of rejected.jsonl and slides.jsonl
     format: int = FORMAT
 
     @property
@@ -111,6 +114,8 @@ def fingerprint(folder: Path, index: Index) -> str:
     with (folder / "samples.arrow").open("rb") as handle:
         table = hashlib.file_digest(handle, "sha256").hexdigest()
     rest = {name: value for name, value in asdict(index).items() if name != "fingerprint"}
+    if not index.files:         # folders of before there were any
+        del rest["files"]
     return hashlib.sha256(json.dumps([rest, table], sort_keys=True).encode()).hexdigest()
 
 
@@ -130,11 +135,80 @@ def samples(folder: Path) -> pa.Table:
 
 def write_samples(folder: Path, columns: dict[str, Iterable[Any]]) -> None:
     """Writes samples.arrow from plain columns, one uncompressed record batch."""
-    arrays = [_column(field, columns[field.name]) for field in SCHEMA]
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_file(sink, SCHEMA) as writer:
-        writer.write_batch(pa.record_batch(arrays, schema=SCHEMA))
-    folders.write(folder / "samples.arrow", sink.getvalue().to_pybytes())
+    _write(folder / "samples.arrow", [_column(field, columns[field.name]) for field in SCHEMA])
+
+
+class Columns:
+    """The sample table as it grows: a file a column, so that memory does not grow with it."""
+
+    def __init__(self, folder: Path, rows: int):
+        shutil.rmtree(folder, ignore_errors=True)       # of a call that was killed
+        folder.mkdir()
+        self._rows, self._end, self._letters = rows, 0, 0
+        self._values = {field.name: np.memmap(folder / field.name, _plain(field.type), "w+", shape=(rows,))
+                        for field in SCHEMA if field.name != "key"}
+        self._ends = np.memmap(folder / "key", np.int32, "w+", shape=(rows + 1,))
+        self._keys = folder / "keys"
+        self._keys.touch()
+
+    def add(self, columns: dict[str, np.ndarray]) -> None:
+        """More rows: numbers as they are, words as codes, keys as fixed bytes."""
+        rows = slice(self._end, self._end + len(columns["key"]))
+        for name, values in self._values.items():
+            values[rows] = columns[name]
+        keys = columns["key"].tolist()
+        letters = self._letters + np.cumsum([len(key) for key in keys], dtype=np.int64)
+        if letters[-1] > np.iinfo(np.int32).max:
+            raise ShardError(f"the keys of {rows.stop} tiles take more letters than samples.arrow can count (two "
+                             "billion); shard the source in several folders")
+        self._ends[rows.start + 1:rows.stop + 1] = letters
+        with self._keys.open("ab") as file:
+            file.writelines(keys)
+        self._end, self._letters = rows.stop, int(letters[-1])
+
+    def write(self, folder: Path, words: dict[str, list[str]]) -> None:
+        """Writes samples.arrow; `words` are what the codes mean, sorted."""
+        assert self._end == self._rows, f"{self._end} rows of {self._rows}"
+        letters = np.memmap(self._keys, np.uint8, "r")
+        arrays = []
+        for column in SCHEMA:
+            if column.name == "key":
+                arrays.append(pa.StringArray.from_buffers(self._rows, pa.py_buffer(self._ends),
+                                                          pa.py_buffer(letters)))
+                continue
+            plain = column.type.index_type if pa.types.is_dictionary(column.type) else column.type
+            array = pa.Array.from_buffers(plain, self._rows, [None, pa.py_buffer(self._values[column.name])])
+            if pa.types.is_dictionary(column.type):
+                _limit(column, len(words[column.name]))
+                array = pa.DictionaryArray.from_arrays(array, pa.array(words[column.name], pa.string()))
+            arrays.append(array)
+        _write(folder / "samples.arrow", arrays)
+
+
+def _plain(kind: pa.DataType) -> Any:
+    """How a column lies in memory, in numpy's words."""
+    if pa.types.is_fixed_size_binary(kind):
+        return f"V{kind.byte_width}"
+    return (kind.index_type if pa.types.is_dictionary(kind) else kind).to_pandas_dtype()
+
+
+def _write(path: Path, arrays: list[pa.Array]) -> None:
+    """One record batch, whole under its name or not there; straight from where its columns lie."""
+    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with folders.storage(path):
+        try:
+            with pa.OSFile(str(draft), "wb") as sink, pa.ipc.new_file(sink, SCHEMA) as writer:
+                writer.write_batch(pa.record_batch(arrays, schema=SCHEMA))
+            folders.sync(draft)
+            folders.publish(draft, path)
+        finally:
+            draft.unlink(missing_ok=True)
+
+
+def _limit(field: pa.Field, words: int) -> None:
+    if words > (limit := np.iinfo(field.type.index_type.to_pandas_dtype()).max + 1):
+        raise ShardError(f"{words} different words for {field.name!r}, of {limit} at most; look at names= and "
+                         "the table")
 
 
 def _column(field: pa.Field, values: Iterable[Any]) -> pa.Array:
@@ -145,9 +219,7 @@ def _column(field: pa.Field, values: Iterable[Any]) -> pa.Array:
     order = np.argsort(coded.dictionary.to_numpy(zero_copy_only=False).astype(str), kind="stable")
     rank = np.empty(len(order), dtype=np.int64)
     rank[order] = np.arange(len(order))
-    if len(order) > (limit := np.iinfo(field.type.index_type.to_pandas_dtype()).max + 1):
-        raise ShardError(f"{len(order)} different words for {field.name!r}, of {limit} at most; look at names= and "
-                         "slides.csv")
+    _limit(field, len(order))
     codes = pa.array(rank[coded.indices.to_numpy()], type=field.type.index_type)
     return pa.DictionaryArray.from_arrays(codes, coded.dictionary.take(pa.array(order)))
 

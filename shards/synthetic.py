@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import tifffile
 from PIL import Image, ImageFilter
+
+from shards import tiff
 
 Array = np.ndarray
 Progress = Callable[[int, int], None]  # (done, total)
@@ -523,25 +524,8 @@ def write_slide(path: Path, painting: Painting) -> None:
                 for name, line in painting.regions]
     text = json.dumps({"type": "FeatureCollection", "features": features})
     _replace(path.with_suffix(".geojson"), lambda part: part.write_text(text))
-    _replace(path, lambda part: _write_pyramid(part, painting))  # last: a slide that is there has its regions
-
-
-def _write_pyramid(path: Path, painting: Painting) -> None:
-    level = Image.fromarray(painting.pixels)
-    extent = f"{level.width}x{level.height}"
-    whole = f"Aperio Image Library v12.0.0 \r\n{extent} [0,0 {extent}] (256x256)"
-    facts = f"JPEG/RGB Q={QUALITY}|AppMag = {10 / painting.mpp:g}|MPP = {painting.mpp:.4f}"
-    with tifffile.TiffWriter(path) as tiff:
-        page = partial(tiff.write, photometric="rgb", metadata=None, software=False, maxworkers=1, compression="jpeg",
-                       compressionargs={"level": QUALITY})
-        page(painting.pixels, tile=(256, 256), description=f"{whole} {facts}")
-        thumbnail = level.reduce(math.ceil(max(level.size) / 768))
-        # Aperio puts the thumbnail second and in strips: by that readers tell it from a level
-        page(np.asarray(thumbnail), rowsperstrip=16,
-             description=f"{whole} -> {thumbnail.width}x{thumbnail.height} {facts}")
-        for _ in range(2):
-            level = level.reduce(4)
-            page(np.asarray(level), tile=(256, 256), description=f"{whole} -> {level.width}x{level.height} {facts}")
+    # Last: a slide that is there has its regions.
+    _replace(path, lambda part: tiff.write_pyramid(part, painting.pixels, painting.mpp, QUALITY))
 
 
 def _each(job: Callable[..., object], jobs: list, workers: int, progress: Progress | None) -> None:

@@ -1,41 +1,29 @@
-"""Corners of a slide, or image files -> encoded tiles and what is known of each."""
+"""Corners of a slide, image files, or rows of an array -> encoded tiles and what is known of each."""
 
-import contextlib
-import csv
+import dataclasses
 import hashlib
 import io
-import json
 import math
-import os
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageOps
 
-from shards import tissue
-from shards.index import ShardError
-from shards.slide import Slide
+from shards import arrays, jpeg, judge, tissue
+from shards.annotation import Annotation
+from shards.jpeg import JpegError
+from shards.settings import Settings
+from shards.slide import Picture, Slide, SlideError
+from shards.sources import Source, key
+from shards.tiff import Level
 
-SLIDES = (".svs", ".tif", ".tiff", ".ndpi", ".mrxs", ".scn", ".bif", ".vms", ".vmu", ".svslide", ".dcm")
-IMAGES = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp")
-# Below this standard deviation of grey (of 255) a tile shows nothing: glass, a mounting line, a marker's ink.
-BLANK = 3.0
-
-
-@dataclass(frozen=True)
-class Source:
-    """One slide or one image file, and what is known of it before it is opened."""
-
-    path: Path
-    name: str                       # path below the source folder, without its suffix
-    slide: str
-    patient: str
-    split: str = ""
-    label: str = ""
-    mpp: float | None = None        # microns per pixel at level 0, where the header should not be asked
+# Pixels judged at once: 64 tiles of 256 squared, a dozen megabytes.
+BATCH = 64 * 256 * 256
+# Grey levels by which a slide's own tile may differ, on average, from what OpenSlide shows: rounding, no more.
+AGREE = 2.0
+SOURCE = "source"       # the encoding of bytes that we did not make
 
 
 @dataclass(frozen=True)
@@ -52,201 +40,231 @@ class Tile:
     image: bytes
     encoding: str                   # how the bytes came about: "jpeg-90-4:4:4", or "source" where untouched
     digest: bytes                   # 128 bits of the source's bytes where untouched, else of the pixels before encoding
+    looks: tuple[float, float, float]   # focus, density, hue (judge.py)
+    side: float = 0.0               # width in level-0 pixels, of what was cut
 
 
 @dataclass(frozen=True)
 class Rejected:
-    """One tile or slide left out, and why."""
+    """One tile or slide left out, and why: a word to count by, and a sentence where there is more to say."""
 
     source: Source
     reason: str
+    detail: str = ""
     x: int | None = None
     y: int | None = None
+    mpp: float | None = None
+    side: float = 0.0
 
 
-@dataclass(frozen=True)
-class Jpeg:
-    """How tiles are encoded. 4:4:4 keeps the colour at full resolution, because the stain lives in it."""
+class Cut(NamedTuple):
+    """An open slide at one resolution: what is cut from it, and how."""
 
-    quality: int
-    subsampling: str                # 4:4:4 or 4:2:0
+    source: Source
+    slide: Slide | Picture
+    settings: Settings
+    mpp: float                      # of the tiles, as they are and not as they were asked for
+    side: float                     # of a tile, in level-0 pixels
+    drawn: Annotation | None
+    native: Level | None            # the level whose own JPEGs are the tiles
 
-    def __call__(self, pixels: np.ndarray) -> bytes:
-        buffer = io.BytesIO()
-        Image.fromarray(pixels).save(buffer, "JPEG", quality=self.quality, subsampling=self.subsampling)
-        return buffer.getvalue()
+    def key(self, x: int, y: int) -> str:
+        """Regions of one slide may lie in several files, so they are named by their file."""
+        named = (self.source.slide,) if isinstance(self.slide, Slide) else tuple(self.source.name.split("/"))
+        several = (f"m{round(self.mpp * 1000)}",) if len(self.settings.mpp) > 1 else ()
+        return key(*named, f"x{x}", f"y{y}", *several)
 
-    def __str__(self) -> str:
-        return f"jpeg-{self.quality}-{self.subsampling}"
-
-
-def sources(folder: Path, suffixes: tuple[str, ...], names: str) -> list[Source]:
-    """Every slide or image below `folder`, in the order of its path, with what slides.csv and file names tell.
-
-    `names` is a regular expression searched in the path below `folder`; its groups slide, patient, split and label say
-    what they say. A row of `folder`/slides.csv (columns slide, patient, split, mpp, ...) goes before it.
-    """
-    if not folder.is_dir():
-        raise ShardError(f"no source folder at {folder} (looked in {Path.cwd()}); set source= to the folder that holds "
-                         "the slides or the tile images")
-    table = _table(folder / "slides.csv")
-    found, described = [], False
-    for path in sorted(folder.rglob("*")):
-        if path.suffix.lower() not in suffixes or not path.is_file():
-            continue
-        relative = path.relative_to(folder).as_posix()
-        if relative.encode(errors="ignore") != os.fsencode(relative):
-            raise ShardError(f"{os.fsencode(relative)!r} is not a name in UTF-8; rename it, or move it out of {folder}")
-        match = re.search(names, relative) if names else None
-        if names and match is None:
-            raise ShardError(f"names={names!r} does not match {relative!r}; correct the expression, or move the file "
-                             "out of the source folder")
-        known = {name: word for name, word in (match.groupdict() if match else {}).items() if word is not None}
-        # By the file's name, or, where many files are tiles of one slide, by the slide that names= found.
-        row = table.get(path.stem) or table.get(known.get("slide", ""), {})
-        described |= bool(row)
-        known.update(row)
-        slide = known.get("slide", path.stem)
-        mpp = _microns(known["mpp"], path) if known.get("mpp") else None
-        found.append(Source(path=path, name=Path(relative).with_suffix("").as_posix(), slide=slide,
-                            # A slide is of one patient; of a tile that says nothing, the patient is unknown.
-                            patient=known.get("patient", slide if suffixes == SLIDES else ""),
-                            split=known.get("split", ""), label=known.get("label", ""), mpp=mpp))
-    if not found:
-        raise ShardError(f"nothing to shard below {folder}: no file ends in {', '.join(suffixes)}")
-    if table and not described:
-        raise ShardError(f"no row of {folder / 'slides.csv'} belongs to a file: its column 'slide' says "
-                         f"{next(iter(table))!r}, the first slide is {found[0].slide!r}; write names without suffixes")
-    return found
+    def rejected(self, reason: str, x: int, y: int, detail: str = "") -> Rejected:
+        """A tile left out."""
+        return Rejected(self.source, reason, detail, x, y, self.mpp, self.side)
 
 
-def _microns(word: str, path: Path) -> float:
-    with contextlib.suppress(ValueError):
-        if 0 < (value := float(word)) < math.inf:
-            return value
-    raise ShardError(f"mpp={word!r} of {path} is not a number of microns per pixel; correct it in slides.csv or names=")
-
-
-def _table(path: Path) -> dict[str, dict[str, str]]:
-    if not path.is_file():
-        return {}
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as handle:      # spreadsheets put a mark before the first word
-            rows = list(csv.DictReader(handle))
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise ShardError(f"{path} is not a table in UTF-8 ({error}); export it again as CSV UTF-8") from None
-    if rows and "slide" not in rows[0]:
-        raise ShardError(f"{path} has no column 'slide' (it has {', '.join(rows[0])}); add one")
-    names = [row["slide"] for row in rows]
-    if twice := {name for name in names if names.count(name) > 1} if len(set(names)) < len(names) else set():
-        raise ShardError(f"{path} has more than one row for slide {min(twice)!r}; keep the one that is right")
-    return {row["slide"]: {name: word for name, word in row.items() if word and name} for row in rows}
-
-
-def key(*parts: str) -> str:
-    """A name of [a-z0-9_-] and at most 80 letters; names that had to change carry a digest, so none fall together."""
-    text = "-".join(parts)
-    tame = re.sub(r"[^a-z0-9_-]+", "_", text.lower())
-    if tame == text and len(tame) <= 80:
-        return tame
-    return f"{tame[:63]}-{hashlib.blake2b(text.encode(errors='surrogateescape'), digest_size=8).hexdigest()}"
-
-
-def of_slide(source: Source, *, size: int, mpp: float, min_tissue: float, annotated: bool, min_label: float,
-             encode: Jpeg, slide_mpp: float | None) -> Iterator[Tile | Rejected]:
-    """Every tile of the grid over one slide's tissue, `size` pixels wide at `mpp`, accepted or with a reason."""
-    with Slide(source.path, source.mpp, slide_mpp) as slide:
+def of_slide(source: Source, slide: Slide | Picture, found: np.ndarray, settings: Settings,
+             drawn: Annotation | None) -> Iterator[Tile | Rejected]:
+    """Every tile of a grid over one slide's tissue at every resolution asked for, accepted or with a reason."""
+    for mpp in settings.mpp or [slide.mpp]:
         if mpp < 0.95 * slide.mpp:
-            yield Rejected(source, f"slide coarser than asked: {slide.mpp:g} microns per pixel hold no tile of {mpp:g}")
-            return
-        side = size * mpp / slide.mpp
+            yield Rejected(source, "coarse", f"{slide.mpp:g} microns per pixel hold no tile of {mpp:g}", mpp=mpp)
+            continue
+        side = settings.size if math.isnan(mpp) else settings.size * mpp / slide.mpp
         if side > min(slide.width, slide.height):
-            yield Rejected(source, f"slide smaller than a tile: {slide.width} x {slide.height} pixels of {slide.mpp:g}"
-                                   f" microns hold no tile of {size} pixels of {mpp:g} microns")
-            return
-        found = tissue.mask(slide.thumbnail(tissue.MASK_MPP))
-        labels = Annotation.read(source.path.with_suffix(".geojson"), slide) if annotated else None
-        grid, fractions = tissue.corners(found, (slide.width, slide.height), side)
-        for (x, y), fraction in zip(grid.tolist(), fractions, strict=True):
-            if fraction < min_tissue:
-                yield Rejected(source, "background", x, y)
-                continue
-            pixels = slide.region(x, y, (size, size), mpp)
-            if pixels.mean(axis=-1).std() < BLANK:
-                yield Rejected(source, "blank", x, y)
-                continue
-            yield Tile(key=key(source.slide, f"x{x}", f"y{y}"), source=source, x=x, y=y, mpp=mpp, size=(size, size),
-                       label=labels.of(x, y, side, min_label) if labels else source.label, image=encode(pixels),
-                       encoding=str(encode), digest=hashlib.blake2b(pixels.tobytes(), digest_size=16).digest())
+            yield Rejected(source, "small", f"{slide.width} x {slide.height} pixels of {slide.mpp:g} microns hold no "
+                                            f"tile of {settings.size} pixels of {mpp:g}", mpp=mpp)
+            continue
+        cut = Cut(source, slide, settings, mpp, side, drawn, None)
+        native = slide.native(mpp) if settings.passthrough else None
+        try:
+            if native is not None and native.side == settings.size and isinstance(slide, Slide):
+                # What the scanner calls 0.5 may be 0.499: its own grid and its own resolution are taken.
+                own = slide.level(mpp)[1]
+                cut = cut._replace(native=native, mpp=slide.mpp * own, side=settings.size * own)
+            yield from _tiles(cut, found)
+        finally:
+            if native is not None:
+                native.close()
 
 
-def of_file(source: Source, *, mpp: float, encode: Jpeg) -> Tile | Rejected:
+def _tiles(cut: Cut, found: np.ndarray) -> Iterator[Tile | Rejected]:
+    settings, slide = cut.settings, cut.slide
+    grid, fractions = tissue.corners(found, (slide.width, slide.height), cut.side)
+    wanted = fractions >= settings.min_tissue
+    if not settings.max_tiles:
+        for x, y in grid[~wanted].tolist():
+            yield cut.rejected("background", x, y)
+    corners: list[tuple[int, int]] = [(x, y) for x, y in grid[wanted].tolist()]
+    if settings.inside and cut.drawn is not None:
+        outside = [corner for corner in corners if not cut.drawn.covers(*corner, cut.side, settings.min_label)]
+        for x, y in outside:
+            yield cut.rejected("outside annotations", x, y)
+        gone = set(outside)
+        corners = [corner for corner in corners if corner not in gone]
+    if cut.native is not None and not _agrees(cut, corners):
+        cut = cut._replace(native=None)     # OpenSlide is the judge of what a slide shows
+    if settings.max_tiles:
+        corners.sort(key=lambda corner: order(settings, cut.key(*corner)))
+    step, accepted = max(1, BATCH // settings.size ** 2), 0
+    for first in range(0, len(corners), step):
+        for item in _judged(cut, corners[first:first + step]):
+            accepted += isinstance(item, Tile)
+            yield item
+            if accepted == settings.max_tiles:
+                return
+
+
+def _judged(cut: Cut, corners: list[tuple[int, int]]) -> Iterator[Tile | Rejected]:
+    """Some tiles read, looked at together, and encoded where they need to be."""
+    settings = cut.settings
+    size = (settings.size, settings.size)
+    limits = judge.Limits(settings.min_contrast, settings.min_focus, settings.max_pen, settings.max_blood)
+    read: list[tuple[int, int, bytes | np.ndarray]] = []
+    small: list[np.ndarray] = []
+    for x, y in corners:
+        if cut.native is None:
+            pixels = cut.slide.region(x, y, size, cut.mpp)
+            small.append(judge.reduced(pixels))
+            read.append((x, y, pixels))
+            continue
+        try:
+            own = cut.native.tile(round(x / cut.side), round(y / cut.side))
+            small.append(jpeg.eighth(own))
+        except JpegError as error:
+            yield cut.rejected("unreadable", x, y, str(error))
+            continue
+        read.append((x, y, own))
+    if not read:
+        return
+    looks = judge.look(np.stack(small))
+    for number, (x, y, content) in enumerate(read):
+        if reason := looks.reason(number, limits):
+            yield cut.rejected(reason, x, y)
+            continue
+        label = cut.source.label
+        if settings.labels == "annotations" and cut.drawn is not None:
+            label = cut.drawn.of(x, y, cut.side, settings.min_label)
+        image, encoding, digest = _encoded(content, settings)
+        yield Tile(cut.key(x, y), cut.source, x, y, cut.mpp, size, label, image, encoding, digest,
+                   (float(looks.focus[number]), float(looks.density[number]), float(looks.hue[number])), cut.side)
+
+
+def _agrees(cut: Cut, corners: list[tuple[int, int]]) -> bool:
+    """Whether a slide's own tiles show what OpenSlide shows: asked of three of them."""
+    if cut.native is None or not corners:
+        return False
+    for x, y in corners[len(corners) // 4::max(1, len(corners) // 4)][:3]:
+        try:
+            own = jpeg.decode(cut.native.tile(round(x / cut.side), round(y / cut.side)))
+        except JpegError:
+            continue            # this one tile is bad: it is said when its turn comes
+        shown = cut.slide.region(x, y, (cut.settings.size, cut.settings.size), cut.mpp)
+        if np.abs(own.astype(np.int16) - shown).mean() > AGREE:
+            return False
+    return True
+
+
+def order(settings: Settings, name: str) -> int:
+    """Where a tile stands among all: a keyed hash of what it is, so that tiles of one slide are scattered by chance.
+
+    The name says slide, x, y and mpp; equal names have equal places, so that they meet and are found out.
+    """
+    text = f"{settings.seed}|{settings.dataset}|{name}".encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest())
+
+
+def of_file(source: Source, settings: Settings) -> Tile | Rejected:
     """One image file as one tile: a sound JPEG passes untouched, everything else is decoded and encoded."""
     try:
         content = source.path.read_bytes()
         with Image.open(io.BytesIO(content)) as image:
-            if image.mode.startswith(("I", "F")):
-                return Rejected(source, f"not an image of 8 bits a channel: its mode is {image.mode}")
-            untouched = image.format == "JPEG" and image.mode == "RGB"
-            pixels = np.asarray(_opaque(image))             # decodes: what cannot be decoded must not reach a tar
-        encoded = content if untouched else encode(pixels)
+            untouched = image.format == "JPEG" and image.mode == "RGB" and image.getexif().get(0x0112, 1) == 1
+            # Decoded, at an eighth at least: what cannot be decoded must not reach a tar.
+            shown: bytes | np.ndarray = content if untouched else pixels(image)
+            size = image.size if untouched else (shown.shape[1], shown.shape[0])    # type: ignore[union-attr]
+        small = jpeg.eighth(content) if isinstance(shown, bytes) else judge.reduced(shown)
+        encoded, encoding, digest = _encoded(shown, settings)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        return Rejected(source, f"not a readable image: {error}")
-    digest = hashlib.blake2b(content if untouched else pixels.tobytes(), digest_size=16).digest()
-    return Tile(key=key(*source.name.split("/")), source=source, x=0, y=0, mpp=source.mpp or mpp,
-                size=(pixels.shape[1], pixels.shape[0]), label=source.label,
-                image=encoded, encoding="source" if untouched else str(encode), digest=digest)
+        return Rejected(source, "unreadable", _without_path(error, source))
+    mpp = source.mpp or next(iter(settings.mpp), math.nan)
+    return Tile(key(*source.name.split("/")), source, 0, 0, mpp, size, source.label, encoded, encoding, digest,
+                _look(small))
 
 
-def _opaque(image: Image.Image) -> Image.Image:
-    """RGB, and white where the image is transparent: what lies beneath was never meant to be seen."""
+def of_array(source: Source, settings: Settings) -> Iterator[Tile]:
+    """The images of one piece of an array, each a tile."""
+    first, last = source.rows
+    images, labels = arrays.read(source.path, settings.array, first, last)
+    words = arrays.words(source.path, settings.columns, first, last)
+    mpp = source.mpp or next(iter(settings.mpp), math.nan)
+    for number, (image, label, known) in enumerate(zip(images, labels, words, strict=True), start=first):
+        name = f"{source.name}-{number:07d}"
+        row = dataclasses.replace(source, slide=known.get("slide", name.rpartition("/")[2]),
+                                  patient=known.get("patient", source.patient), site=known.get("site", source.site),
+                                  split=known.get("split", source.split))
+        encoded, encoding, digest = _encoded(image, settings)
+        yield Tile(key(*name.split("/")), row, 0, 0, mpp, (image.shape[1], image.shape[0]),
+                   known.get("label", source.label or label), encoded, encoding, digest, _look(judge.reduced(image)))
+
+
+def picture(source: Source, settings: Settings) -> Picture:
+    """An image file to be cut."""
+    mpp = source.mpp or settings.slide_mpp
+    if mpp is None and settings.mpp:
+        raise SlideError(f"{source.path} does not say its microns per pixel; give them in the mpp column of slides.csv"
+                         ", or slide_mpp=0.25 for all, or leave mpp= out to cut it as it is")
+    try:
+        with Image.open(source.path) as image:
+            return Picture(source.path, pixels(image), mpp)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise SlideError(f"{source.path} is not a readable image: {_without_path(error, source)}") from None
+
+
+def pixels(image: Image.Image) -> np.ndarray:
+    """RGB of 8 bits, upright, and white where it is transparent: what lies beneath was never meant to be seen."""
+    if image.mode.startswith("I;16"):       # grey of 16 bits: the upper eight
+        return np.repeat((np.asarray(image) >> 8).astype(np.uint8)[..., None], 3, axis=2)
+    if image.mode.startswith(("I", "F")):
+        raise ValueError(f"neither 8 nor 16 bits a channel: its mode is {image.mode}")
+    image = ImageOps.exif_transpose(image)
     if not image.has_transparency_data:
-        return image.convert("RGB")
+        return np.asarray(image.convert("RGB"))
     shown = image.convert("RGBA")
     flat = Image.new("RGB", shown.size, (255, 255, 255))
     flat.paste(shown, mask=shown.getchannel("A"))
-    return flat
+    return np.asarray(flat)
 
 
-class Annotation:
-    """A pathologist's regions (QuPath's GeoJSON), drawn once as a coarse map of classes."""
+def _encoded(content: bytes | np.ndarray, settings: Settings) -> tuple[bytes, str, bytes]:
+    """A tile's bytes, how they came about, and the digest that finds its copies."""
+    if isinstance(content, bytes):
+        return content, SOURCE, hashlib.sha256(content).digest()[:16]
+    content = np.ascontiguousarray(content)
+    return (jpeg.encode(content, settings.quality, settings.subsampling),
+            f"jpeg-{settings.quality}-{settings.subsampling}", hashlib.sha256(content.data).digest()[:16])
 
-    def __init__(self, classes: list[str], drawn: np.ndarray, scale: float):
-        self.classes, self.drawn, self.scale = classes, drawn, scale        # scale: map pixels per level-0 pixel
 
-    @classmethod
-    def read(cls, path: Path, slide: Slide) -> "Annotation":
-        """The regions of `path`, drawn at the resolution of the tissue mask; later regions lie over earlier ones."""
-        scale = slide.mpp / tissue.MASK_MPP
-        canvas = Image.new("L", (max(1, round(slide.width * scale)), max(1, round(slide.height * scale))))
-        classes: list[str] = []
-        try:
-            for region in json.loads(path.read_text())["features"]:
-                name = region["properties"]["classification"]["name"]
-                if name not in classes:
-                    classes.append(name)
-                shape = region["geometry"]
-                for polygon in [shape["coordinates"]] if shape["type"] == "Polygon" else shape["coordinates"]:
-                    rings = [[(x * scale, y * scale) for x, y, *_ in ring] for ring in polygon]
-                    xs, ys = zip(*rings[0], strict=True)
-                    left, top = max(math.floor(min(xs)), 0), max(math.floor(min(ys)), 0)
-                    right, bottom = (min(math.ceil(max(axis)) + 1, side) for axis, side in zip((xs, ys), canvas.size,
-                                                                                               strict=True))
-                    # Cut out before it is laid on: what an earlier region drew shows through the holes.
-                    stencil = Image.new("1", (max(right - left, 0), max(bottom - top, 0)))
-                    for ring, ink in zip(rings, [1] + [0] * len(rings), strict=False):
-                        ImageDraw.Draw(stencil).polygon([(x - left, y - top) for x, y in ring], fill=ink)
-                    canvas.paste(classes.index(name) + 1, (left, top), stencil)
-        except FileNotFoundError:
-            raise ShardError(f"no annotation at {path}; write one beside the slide, or set labels=names") from None
-        except (KeyError, TypeError, ValueError) as error:
-            raise ShardError(f"{path} is not a QuPath GeoJSON of polygons ({error!r}); export it again, or set "
-                             "labels=names") from None
-        return cls(classes, np.asarray(canvas), scale)
+def _look(small: np.ndarray) -> tuple[float, float, float]:
+    looks = judge.look(small[None])
+    return float(looks.focus[0]), float(looks.density[0]), float(looks.hue[0])
 
-    def of(self, x: int, y: int, side: float, min_label: float) -> str:
-        """The class that covers at least `min_label` of the square, or "" where none does."""
-        left, top, right, bottom = (round(edge * self.scale) for edge in (x, y, x + side, y + side))
-        window = self.drawn[top:max(bottom, top + 1), left:max(right, left + 1)]
-        cover = np.bincount(window.ravel(), minlength=len(self.classes) + 1)[1:] / max(window.size, 1)
-        return self.classes[int(cover.argmax())] if cover.size and cover.max() >= min_label else ""
+
+def _without_path(error: Exception, source: Source) -> str:
+    return str(error).replace(str(source.path), source.path.name)

@@ -2,6 +2,8 @@
 
 import numpy as np
 
+from shards import judge
+
 # Coarse enough to be quick, fine enough to see the wall of a fat cell, which is two microns thin.
 MASK_MPP = 4.0
 # Tissue is denser than the glass around it by at least FAINT (the wall of a fat cell, averaged over a mask pixel) and
@@ -10,12 +12,6 @@ FAINT, DENSE = 0.015, 0.03
 # Fat cells are empty holes of 50-100 microns: bridging so much makes fat one piece of tissue. What is then still
 # narrower than a few cells is dust.
 BRIDGE, DUST = 100.0, 40.0
-
-
-def optical_density(rgb: np.ndarray) -> np.ndarray:
-    """Mean optical density of each pixel against white glass."""
-    light = np.maximum(rgb.astype(np.float32), 1) / 255
-    return -np.log10(light).mean(axis=-1)
 
 
 def otsu(values: np.ndarray, low: float, high: float) -> float:
@@ -41,10 +37,13 @@ def glass(density: np.ndarray) -> float:
 
 
 def mask(thumbnail: np.ndarray, mpp: float = MASK_MPP) -> np.ndarray:
-    """True where there is tissue, at the thumbnail's resolution."""
-    density = optical_density(thumbnail)
+    """True where there is tissue, at the thumbnail's resolution. Ink of a marker and black frames are none."""
+    red, green, blue, density = judge.densities(thumbnail)
+    ink = judge.pen(red, green, blue, density)
+    if ink.all():
+        return ~ink
     empty = glass(density)
-    found = density > otsu(density, empty + FAINT, empty + DENSE)
+    found = (density > otsu(density[~ink], empty + FAINT, empty + DENSE)) & ~ink
     bridge, dust = (max(1, round(width / 2 / mpp)) for width in (BRIDGE, DUST))
     margin = bridge + dust
     closed = ~_grown(~_grown(np.pad(found, margin), bridge), bridge)

@@ -1,93 +1,46 @@
 """Tiles of many slides, shuffled across all of them, in equal tars: the same input gives the same bytes.
 
-Two phases. First every slide (or every few hundred image files) is cut by a worker into a spool below `.work/`; a spool
-is whole or absent, so a job that is called again goes on with the slides that are missing. Then all tiles are put in
-the order of a keyed hash of what they are, cut into equal tars, and published: `index.json` comes last.
+Two phases. First every slide (or some hundred image files) is cut into a unit of the spool (cut.py). Then all tiles are
+taken in the order of a keyed hash of what they are, copies are left out, and equal tars are written and published:
+`index.json` comes last. Memory holds some tars' worth of rows and one tar's tiles a process, however many there are.
 """
 
 import concurrent.futures
+import contextlib
+import errno
 import hashlib
-import io
 import json
-import multiprocessing
 import os
 import re
 import shutil
-import signal
 import tarfile
-import threading
 import zlib
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-import pyarrow as pa
 
-from shards import folder, index, show, tiles
+from shards import annotation, cut, folder, index, sources, spool
+from shards.cut import Progress
+from shards.folder import FolderInUse, StorageError
 from shards.index import ShardError
-from shards.slide import SlideError
+from shards.settings import CUT, Settings
+from shards.tiles import Rejected
 
-Progress = Callable[[str, int, int], None]      # what is being done, how many are done, of how many
+__all__ = ["Settings", "SettingsChanged", "Summary", "write"]
 
-FILES_A_UNIT = 500      # image files that one worker takes at a time: a second or so of work
-
-GROUPS = {"slide", "patient", "split", "label", "mpp"}      # what names= may tell of a file
-
-ROW = pa.schema([
-    ("order", pa.uint64()), ("key", pa.string()), ("start", pa.int64()), ("size", pa.int32()), ("crc32", pa.uint32()),
-    ("slide", pa.string()), ("patient", pa.string()), ("split", pa.string()), ("x", pa.int32()), ("y", pa.int32()),
-    ("mpp", pa.float32()), ("width", pa.int32()), ("height", pa.int32()), ("label", pa.string()),
-    ("encoding", pa.string()), ("digest", pa.binary(16)), ("unit", pa.int32()), ("file", pa.string()),
-])
+ROWS_AT_ONCE = 1 << 20          # rows sorted in memory at a time: some hundred megabytes
+BYTES_AT_ONCE = 128 << 20       # tiles that a process holds while it writes a tar
+END = bytes(2 * tarfile.BLOCKSIZE)      # of a tar
+PLACED = np.dtype([*spool.ROW.descr, ("unit", "<i4")])
 
 
 class SettingsChanged(ValueError):
     """The folder holds shards written with other settings."""
 
     exit_code = 2
-
-
-@dataclass
-class Settings:
-    """What a shard job is told; everything but `out`, `workers` and `max_failed` decides the bytes."""
-
-    source: Path = field(metadata={"help": "folder of slides or of tile images", "exists": True})
-    out: Path = field(metadata={"help": "shard folder to write"})
-    dataset: str = field(metadata={"help": "name of the dataset", "pattern": "[a-z0-9_-]{1,40}"})
-    kind: str = field(default="slides", metadata={"choices": ("slides", "tiles"), "help": "what the source holds"})
-    size: int = field(default=256, metadata={"range": (16, 4096), "help": "tile width, pixels (slides)"})
-    mpp: float | None = field(default=None, metadata={"range": (0.05, 100), "help": "microns per pixel of a tile"})
-    slide_mpp: float | None = field(default=None, metadata={"range": (0.05, 5), "help": "of slides that do not say it"})
-    min_tissue: float = field(default=0.5, metadata={"range": (0, 1), "help": "tissue fraction a tile must have"})
-    labels: str = field(default="names", metadata={"choices": ("names", "annotations"),
-                                                   "help": "from names= and slides.csv, or from <slide>.geojson"})
-    min_label: float = field(default=0.75, metadata={"range": (0, 1), "help": "fraction a class must cover"})
-    names: str = field(default="", metadata={"regex": True, "help": "groups slide, patient, split, label of the path"})
-    organ: str = field(default="unknown", metadata={"help": "organ, for the dataset card"})
-    stain: str = field(default="H&E", metadata={"help": "stain, for the dataset card"})
-    licence: str = field(default="unknown", metadata={"help": "licence, for the dataset card"})
-    about: str = field(default="", metadata={"help": "one line on where the data comes from"})
-    quality: int = field(default=90, metadata={"range": (50, 100), "help": "JPEG quality of tiles we encode"})
-    subsampling: str = field(default="4:4:4", metadata={"choices": ("4:4:4", "4:2:0"), "help": "of the colour"})
-    tar_samples: int = field(default=5000, metadata={"range": (1, 100_000), "help": "about this many tiles a tar"})
-    seed: int = field(default=0, metadata={"range": (0, 2**63 - 1), "help": "of the shuffle"})
-    workers: int = field(default=0, metadata={"range": (0, 1024), "help": "processes; 0: one a core"})
-    max_failed: int = field(default=0, metadata={"range": (0, 10**9), "help": "slides that may fail before we stop"})
-
-    def rules(self) -> list[str]:
-        """What cannot be said of one value alone."""
-        if self.kind == "slides" and self.mpp is None:
-            return ["mpp is not set: slides are cut at a resolution you name, in microns per pixel (0.5 is 20x)"]
-        if self.kind == "tiles" and self.labels == "annotations":
-            return ["labels='annotations' belongs to slides; image files are labelled by names= or slides.csv"]
-        out, source = Path(self.out).resolve(), Path(self.source).resolve()
-        if out == source or source in out.parents:
-            return [f"out={self.out} lies inside source={self.source}: the next call would take our pictures for "
-                    "tiles; choose an out elsewhere"]
-        groups = re.compile(self.names).groupindex.keys() - GROUPS
-        return [f"names= has a group {group!r}, which is not one of {', '.join(sorted(GROUPS))}" for group in groups]
 
 
 @dataclass(frozen=True)
@@ -101,43 +54,53 @@ class Summary:
     untouched: bool                 # the folder was complete before
 
 
-def write(settings: Settings, progress: Progress = lambda what, done, total: None) -> Summary:
-    """The whole job: from a folder of slides or images to a published shard folder."""
-    out = Path(settings.out)
-    suffixes = tiles.SLIDES if settings.kind == "slides" else tiles.IMAGES
-    units = _units(tiles.sources(Path(settings.source), suffixes, settings.names), settings)
+def write(settings: Settings, progress: Progress = lambda what, done, total: None) -> Summary | None:
+    """The whole job: from a folder of slides or images to a published shard folder; of a part of it only the cutting.
+
+    Returns what there is then, or None for a part.
+    """
+    units = sources.units(settings, sources.sources(settings))
     decided = _decided(settings, units)
-    with folder.hold(out, ".lock"):
+    out = settings.out
+    with contextlib.ExitStack() as held:
+        if settings.part:       # parts hold the folder together; whoever publishes holds it alone
+            with folder.hold(out, ".setup.lock", wait=True):
+                _prepare_part(out, decided)
+                held.enter_context(folder.hold(out, ".lock", shared=True))
+        else:
+            held.enter_context(folder.hold(out, ".lock"))
         if (out / "index.json").exists():
             finished = _finished(out, decided)
-            _discard(out / ".work")
+            if not settings.part:
+                _discard(out / ".work")
             return finished
+        if settings.part:
+            cut.all_units(units, settings, out / ".work", progress)
+            return None
         work = _work(out, decided)
-        _cut_all(units, settings, work, progress)
+        failed = cut.all_units(units, settings, work, progress)
         with folder.storage(out):
-            summary = _publish(units, settings, decided, work, out, progress)
+            summary = _publish(len(units), failed, settings, decided, units, progress)
         _discard(work)
     return summary
 
 
-def _units(sources: list[tiles.Source], settings: Settings) -> list[list[tiles.Source]]:
-    step = 1 if settings.kind == "slides" else FILES_A_UNIT
-    return [sources[first:first + step] for first in range(0, len(sources), step)]
-
-
-def _decided(settings: Settings, units: list[list[tiles.Source]]) -> dict[str, Any]:
+def _decided(settings: Settings, units: list[list[sources.Source]]) -> dict[str, Any]:
     """All that decides the bytes: the settings, and the names and sizes of the files they will be applied to."""
-    decided = {name: value for name, value in asdict(settings).items() if name not in ("out", "workers", "max_failed")}
-    decided["source"] = Path(settings.source).name
-    listing = hashlib.sha256()
+    decided = json.loads(json.dumps(settings.deciding(), default=str))
+    listing, files = hashlib.sha256(), 0
     for unit in units:
         for source in unit:
-            known = {**asdict(source), "path": source.path.name, "bytes": source.path.stat().st_size}
-            drawn = source.path.with_suffix(".geojson")
-            if settings.labels == "annotations" and drawn.is_file():    # small, and renaming a class keeps its size
-                known["annotation"] = hashlib.sha256(drawn.read_bytes()).hexdigest()
+            known = {**asdict(source), "file": source.path.name, "bytes": source.path.stat().st_size}
+            if settings.labels == "annotations" or settings.inside:     # small, and renaming a class keeps its size
+                with contextlib.suppress(ShardError):
+                    drawn = annotation.find(source.path, settings.annotations)
+                    known["annotation"] = hashlib.sha256(drawn.read_bytes()).hexdigest()
             listing.update(json.dumps(known, sort_keys=True).encode(errors="surrogateescape"))
-    return {**decided, "files": sum(map(len, units)), "listing": listing.hexdigest()}
+            files += 1
+    for other in settings.against:
+        listing.update(index.read(other).fingerprint.encode())
+    return {**decided, "files": files, "listing": listing.hexdigest()}
 
 
 def _finished(out: Path, decided: dict[str, Any]) -> Summary:
@@ -148,24 +111,42 @@ def _finished(out: Path, decided: dict[str, Any]) -> Summary:
                 f"{name} was {found.settings.get(name)!r}, now {decided[name]!r}")
         raise SettingsChanged(f"out={out} holds shards written from something else ({what}); choose another out, or "
                               "delete that folder first")
-    for name, size in [(tar.name, tar.bytes) for tar in found.tars] + [
-            (Path(tar.name).with_suffix(".idx").name, None) for tar in found.tars] + [("rejected.jsonl", None)]:
+    sizes: dict[str, int | None] = {tar.name: tar.bytes for tar in found.tars}
+    for name, size in (sizes | {Path(name).with_suffix(".idx").name: None for name in sizes}
+                       | dict.fromkeys(found.files)).items():
         if not (out / name).is_file() or size not in (None, (out / name).stat().st_size):
             raise ShardError(f"{out} was complete, but {name} is missing or cut short now; restore it, or delete "
                              "index.json and call again")
-    return Summary(out, found.samples, len(found.tars), _reasons(out / "rejected.jsonl"), untouched=True)
+    return Summary(out, found.samples, len(found.tars), found.datasets[0].get("rejected", {}), untouched=True)
+
+
+def _prepare_part(out: Path, decided: dict[str, Any]) -> None:
+    """The folder of half-done work for one part of many: set up by the first, and agreed to by the others."""
+    if (out / "index.json").exists() or _noted(out / ".work") == json.dumps(decided, sort_keys=True):
+        return
+    try:
+        with folder.hold(out, ".lock"):
+            _work(out, decided)
+    except FolderInUse as error:
+        raise SettingsChanged(f"{error}, with other settings or another source than this part has; give all parts the "
+                              "same") from None
+
+
+def _noted(work: Path) -> str | None:
+    return (work / "settings.json").read_text() if (work / "settings.json").exists() else None
 
 
 def _work(out: Path, decided: dict[str, Any]) -> Path:
     """The folder of half-done work; what other settings left there is of no use and goes."""
     work, note = out / ".work", json.dumps(decided, sort_keys=True)
-    old = (work / "settings.json").read_text() if (work / "settings.json").exists() else None
+    old = _noted(work)
     if old != note:
         if old is not None:
             _remove_tars(out, json.loads(old)["dataset"])
         _discard(work)
     folder.make(work)
-    for draft in work.glob("*.draft"):      # of a worker that was killed: we hold the lock, so nobody writes it
+    # Drafts of a process that was killed: we hold the lock, so nobody writes them.
+    for draft in (*work.glob("*.draft"), *work.glob(".*.tmp"), *out.glob(".*.tmp"), *out.glob("overlays/.*.tmp")):
         draft.unlink()
     folder.write(work / "settings.json", note)
     return work
@@ -178,235 +159,396 @@ def _discard(work: Path) -> None:
         shutil.rmtree(work)
 
 
-def _cut_all(units: list[list[tiles.Source]], settings: Settings, work: Path, progress: Progress) -> None:
-    missing = [number for number in range(len(units)) if not _spool(work, number, ".arrow").exists()]
-    failed: list[str] = []
-    workers = min(settings.workers or len(os.sched_getaffinity(0)), max(len(missing), 1))
-    what = "cutting slides" if settings.kind == "slides" else "reading images"
-    progress(what, len(units) - len(missing), len(units))
-    # spawn: a forked copy of a process with threads may find a lock held by a thread that was not copied.
-    context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context, initializer=_end_with_parent) as pool:
-        try:
-            jobs = [pool.submit(_cut, units[number], number, settings, work) for number in missing]
-            for count, job in enumerate(concurrent.futures.as_completed(jobs), start=len(units) - len(missing) + 1):
-                if (reason := job.result()) is not None:
-                    failed.append(reason)
-                    if len(failed) > settings.max_failed:
-                        raise ShardError(f"{failed[-1]} [{len(failed)} failed, max_failed={settings.max_failed}]")
-                progress(what, count, len(units))
-        except concurrent.futures.process.BrokenProcessPool:
-            raise ShardError("a worker died while cutting (out of memory, or a slide that crashes its reader); "
-                             "call again to go on, with workers=1 to find the slide") from None
-        finally:        # whatever ended the job, the thousand slides still waiting are not cut first
-            pool.shutdown(wait=True, cancel_futures=True)
+# --- the second phase
 
 
-def _end_with_parent() -> None:
-    """In a worker: ends it with its job, for it would wait for work for ever, and write beside the next job."""
-    def watch() -> None:
-        if parent := multiprocessing.parent_process():
-            parent.join()
-            os._exit(1)
+class Words(NamedTuple):
+    """The words of all kept tiles, sorted: what a sample table codes."""
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)        # Ctrl-C is for the job, which ends its workers itself
-    threading.Thread(target=watch, daemon=True).start()
-
-
-def _spool(work: Path, number: int, suffix: str) -> Path:
-    return work / f"unit-{number:06d}{suffix}"
+    slide: list[str]
+    patient: list[str]
+    split: list[str]
+    encoding: list[str]
+    label: list[str]
+    site: list[str]
 
 
-def _cut(unit: list[tiles.Source], number: int, settings: Settings, work: Path) -> str | None:
-    """One unit of work, in its own process: spools its tiles; returns why the slide failed, or None."""
-    encode = tiles.Jpeg(settings.quality, settings.subsampling)
-    rows: dict[str, list[Any]] = {name: [] for name in ROW.names}
-    rejected: list[tiles.Rejected] = []
-    failure = None
-    image, spool = _spool(work, number, f".{os.getpid()}.draft"), _spool(work, number, ".tiles")
-    with folder.storage(image), image.open("wb") as handle:
-        try:
-            for item in _items(unit, settings, encode):
-                if isinstance(item, tiles.Rejected):
-                    rejected.append(item)
-                    continue
-                for name, value in _row(item, handle.tell(), number, settings).items():
-                    rows[name].append(value)
-                handle.write(item.image)
-        except SlideError as error:     # this slide's fault; anything else concerns the job and ends it
-            failure = str(error)
-            # What was cut before the failure goes too: half a slide would pass for a small one.
-            rows, rejected = {name: [] for name in ROW.names}, [tiles.Rejected(
-                unit[0], failure.replace(str(unit[0].path), unit[0].path.name))]
-    if settings.kind == "slides" and failure is None:
-        kept = list(zip(rows["x"], rows["y"], strict=True))
-        show.overlay(unit[0].path, (unit[0].mpp, settings.slide_mpp), kept,
-                     [(item.x, item.y, item.reason) for item in rejected if item.x is not None and item.y is not None],
-                     settings.size, settings.mpp or 1.0, _spool(work, number, ".png"))
-    folder.publish(image, spool)
-    folder.write(_spool(work, number, ".jsonl"), _lines(rejected))
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_file(sink, ROW) as writer:
-        writer.write_table(pa.table(rows, schema=ROW))
-    if failure is None:             # a failed slide is tried again by the next call
-        folder.write(_spool(work, number, ".arrow"), sink.getvalue().to_pybytes())
-    return failure
-
-
-def _items(unit: list[tiles.Source], settings: Settings, encode: tiles.Jpeg) -> Iterable[tiles.Tile | tiles.Rejected]:
-    if settings.kind == "tiles":
-        mpp = float("nan") if settings.mpp is None else settings.mpp
-        return (tiles.of_file(source, mpp=mpp, encode=encode) for source in unit)
-    if settings.mpp is None:
-        raise ShardError("mpp is not set; slides are cut at a resolution you name")
-    return tiles.of_slide(unit[0], size=settings.size, mpp=settings.mpp, min_tissue=settings.min_tissue,
-                          annotated=settings.labels == "annotations", min_label=settings.min_label, encode=encode,
-                          slide_mpp=settings.slide_mpp)
-
-
-def _row(tile: tiles.Tile, start: int, unit: int, settings: Settings) -> dict[str, Any]:
-    # The order of the tars: a keyed hash of what a tile is, so tiles of one slide lie as far apart as chance puts them.
-    identity = (settings.seed, settings.dataset, tile.source.slide, tile.key, tile.x, tile.y, tile.mpp)
-    text = "|".join(map(str, identity)).encode(errors="surrogateescape")
-    order = int.from_bytes(hashlib.blake2b(text, digest_size=8).digest())
-    return {"order": order, "key": tile.key, "start": start, "size": len(tile.image), "crc32": zlib.crc32(tile.image),
-            "slide": tile.source.slide, "patient": tile.source.patient, "split": tile.source.split, "x": tile.x,
-            "y": tile.y, "mpp": tile.mpp, "width": tile.size[0], "height": tile.size[1], "label": tile.label,
-            "encoding": tile.encoding, "digest": tile.digest, "unit": unit, "file": tile.source.path.name}
-
-
-def _lines(rejected: list[tiles.Rejected]) -> str:
-    return "".join(json.dumps({"slide": item.source.slide, "file": item.source.path.name, "x": item.x, "y": item.y,
-                               "reason": item.reason}) + "\n" for item in rejected)
-
-
-def _publish(units: list[list[tiles.Source]], settings: Settings, decided: dict[str, Any], work: Path, out: Path,
-             progress: Progress) -> Summary:
-    done = [number for number in range(len(units)) if _spool(work, number, ".arrow").exists()]
-    table = pa.concat_tables([ROW.empty_table(), *(
-        pa.ipc.open_file(pa.memory_map(str(_spool(work, number, ".arrow")))).read_all() for number in done)])
-    table = table.take(pa.array(np.argsort(table["order"].to_numpy(), kind="stable")))
-    table, duplicates = _without_duplicates(table)
-    if not table.num_rows:
-        raise ShardError(f"not one tile of {settings.source} was accepted; the reasons: "
-                         f"{_count(work.glob('*.jsonl'))}; look at {work}/*.png and at min_tissue")
-    twice = table["key"].value_counts().to_pylist()
-    if repeated := [pair["values"] for pair in twice if pair["counts"] > 1]:
-        raise ShardError(f"{len(repeated)} tiles share their key with another, first {repeated[0]!r}: two files of the "
-                         "source have the same name; rename one, or shard the folders apart")
-
-    classes = sorted(set(table["label"].to_pylist()) - {""})
-    tars = max(1, round(table.num_rows / settings.tar_samples))
-    bounds = np.linspace(0, table.num_rows, tars + 1).round().astype(int)
-    written: list[tuple[index.Tar, list[int]]] = []
-    progress("writing tars", 0, tars)
-    with concurrent.futures.ThreadPoolExecutor(settings.workers or len(os.sched_getaffinity(0))) as pool:
-        jobs = [pool.submit(_tar, out / f"{settings.dataset}-{number:06d}.tar", table.slice(first, last - first),
-                            classes, settings, work)
-                for number, (first, last) in enumerate(zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True))]
-        for count, job in enumerate(jobs, start=1):
-            written.append(job.result())
-            progress("writing tars", count, tars)
-
-    number = {name: position for position, name in enumerate(classes)}
-    index.write_samples(out, {
-        **{name: table[name].combine_chunks() for name in
-           ("key", "size", "crc32", "slide", "patient", "x", "y", "mpp", "split", "encoding", "digest")},
-        "tar": np.repeat(np.arange(tars, dtype=np.int32), np.diff(bounds)),
-        "offset": np.concatenate([np.array(offsets, dtype=np.int64) for _, offsets in written]),
-        "label": np.array([number.get(label, index.NO_LABEL) for label in table["label"].to_pylist()], dtype=np.int32),
-        **{name: [getattr(settings, name)] * table.num_rows for name in ("dataset", "stain", "organ")},
-    })
-    folder.write(out / "rejected.jsonl", "".join(_spool(work, number, ".jsonl").read_text()
-                                                 for number in range(len(units))) + duplicates)
-    _pictures(units, work, out)
+def _publish(count: int, failed: list[Rejected], settings: Settings, decided: dict[str, Any],
+             units: list[list[sources.Source]], progress: Progress) -> Summary:
+    out, work = settings.out, settings.out / ".work"
+    done = [number for number in range(count) if spool.done(work, number)]
+    opened = {number: spool.Unit(work, number) for number in done}
+    rejected: dict[str, int] = {}
+    for unit in opened.values():
+        _add(rejected, unit.rejected)
+    _add(rejected, {"failed": len(failed)} if failed else {})
+    keep, copies = _copies(opened, settings)
+    samples = sum(int(kept.sum()) for kept in keep.values())
+    for line in copies:
+        _add(rejected, {line["reason"]: 1})
+    if not samples:
+        why = ", ".join(f"{count} {reason}" for reason, count in sorted(rejected.items())) or "there is none"
+        raise ShardError(f"not one tile of {settings.source} was accepted: {why}; look at {work}/*.png and at the "
+                         "limits in the config (min_tissue, min_focus, ...)"
+                         + (f"; the last that failed: {failed[-1].detail}" if failed else ""))
+    words = _words(opened, keep)
+    tars = max(1, round(samples / settings.tar_samples))
+    bounds = np.linspace(0, samples, tars + 1).round().astype(int)
+    _room(out, sum(unit.bytes for unit in opened.values()), samples, settings.dataset)
+    columns = index.Columns(work / "columns", samples)
+    listed = _tars(opened, keep, words, bounds.tolist(), settings, columns, progress)
+    columns.write(out, words._asdict() | {name: [getattr(settings, name)] for name in ("dataset", "stain", "organ")})
+    written = {name: _joined(out / name, [spool.path(work, number, name.partition(".")[0]) for number in done], last)
+               for name, last in (("rejected.jsonl", spool.lines(failed) + "".join(
+                   json.dumps(line) + "\n" for line in copies)), ("slides.jsonl", ""))}
+    _pictures(units, settings, done)
     card = {"name": settings.dataset, "organ": settings.organ, "stain": settings.stain, "licence": settings.licence,
-            "about": settings.about, "classes": classes, "samples": table.num_rows,
-            "slides": len(table["slide"].unique()), "patients": len(table["patient"].unique())}
-    listed = [tar for tar, _ in written]
+            "about": settings.about, "classes": words.label, "samples": samples, "slides": len(words.slide),
+            "patients": len(words.patient), "sites": len([site for site in words.site if site]),
+            "rejected": rejected}
     _remove_tars(out, settings.dataset, keep=[tar.name for tar in listed])
-    found = index.Index([card], decided, "", listed)
+    found = index.Index([card], decided, "", listed, written)
     index.write(out, replace(found, fingerprint=index.fingerprint(out, found)))
-    return Summary(out, table.num_rows, tars, _reasons(out / "rejected.jsonl"), untouched=False)
+    return Summary(out, samples, tars, rejected, untouched=False)
 
 
-def _remove_tars(out: Path, dataset: str, keep: Iterable[str] = ()) -> None:
+def _add(counts: dict[str, int], more: dict[str, int]) -> None:
+    for reason, count in more.items():
+        counts[reason] = counts.get(reason, 0) + count
+
+
+def _copies(opened: dict[int, spool.Unit], settings: Settings) -> tuple[dict[int, np.ndarray], list[dict[str, Any]]]:
+    """Which rows of each unit are kept, and a line for each that is not: copies, and copies of another label."""
+    keep = {number: np.ones(len(unit.rows), bool) for number, unit in opened.items()}
+    if settings.duplicates == "keep":
+        return keep, []
+    total = sum(len(unit.rows) for unit in opened.values())
+    parts = -(-total // (4 * ROWS_AT_ONCE)) or 1
+    lines: list[dict[str, Any]] = []
+    others = {path.name: index.samples(path)["digest"].combine_chunks() for path in settings.against}
+    for part in range(parts):
+        placed = _placed({number: np.flatnonzero(_first_byte(unit.rows) % parts == part)
+                          for number, unit in opened.items()}, opened)
+        rows, places = placed
+        if not len(rows):
+            continue
+        copies = rows["digest"].copy().view("S16")      # sorted as bytes; what a trailing zero hides is settled below
+        for name, digests in others.items():
+            known = np.frombuffer(digests.buffers()[1], "V16")[digests.offset:digests.offset + len(digests)]
+            known = np.sort(known.view("S16")[known.view(np.uint8).reshape(-1, 16)[:, 0] % parts == part])
+            at = np.minimum(np.searchsorted(known, copies), max(len(known) - 1, 0))
+            for row in np.flatnonzero(known[at] == copies).tolist() if len(known) else ():
+                if keep[int(rows["unit"][row])][places[row]]:
+                    lines.append(_drop(keep, opened, rows, places, row, "duplicate", f"is in {name} already"))
+        order = np.lexsort((rows["order"], copies))
+        starts = np.flatnonzero(np.r_[True, copies[order][1:] != copies[order][:-1]])
+        sizes = np.diff(np.r_[starts, len(order)])
+        for start, size in zip(starts[sizes > 1].tolist(), sizes[sizes > 1].tolist(), strict=True):
+            group = [row for row in order[start:start + size].tolist()
+                     if keep[int(rows["unit"][row])][places[row]]]
+            lines += _settle(group, keep, opened, rows, places, settings)
+    lines.sort(key=lambda line: (line["file"], line["x"], line["y"], line["slide"], line["mpp"] or 0))
+    return keep, lines
+
+
+def _first_byte(rows: np.ndarray) -> np.ndarray:
+    return rows["digest"].copy().view(np.uint8).reshape(-1, 16)[:, 0] if len(rows) else np.empty(0, np.uint8)
+
+
+def _settle(group: list[int], keep: dict[int, np.ndarray], opened: dict[int, spool.Unit], rows: np.ndarray,
+            places: np.ndarray, settings: Settings) -> Iterator[dict[str, Any]]:
+    """Of tiles with the same content, in their order: which one stays."""
+    labels = {row: opened[int(rows["unit"][row])].labels[int(rows["label"][row])] for row in group}
+    said = set(labels.values()) - {""}
+    if len(said) > 1 and settings.conflicts == "drop":
+        detail = f"the same picture is labelled {', '.join(sorted(said))}"
+        yield from (_drop(keep, opened, rows, places, row, "conflict", detail) for row in group)
+        return
+    # A copy that is labelled says more than one that is not.
+    first = next((row for row in group if labels[row]), group[0]) if group else None
+    for row in group:
+        if row != first:
+            yield _drop(keep, opened, rows, places, row, "duplicate", f"of {rows['key'][[first]].tolist()[0].decode()}")
+
+
+def _drop(keep: dict[int, np.ndarray], opened: dict[int, spool.Unit], rows: np.ndarray, places: np.ndarray, row: int,
+          reason: str, detail: str) -> dict[str, Any]:
+    unit = int(rows["unit"][row])
+    keep[unit][places[row]] = False
+    slide, *_, file = opened[unit].whos()[int(rows["who"][row])]
+    mpp = float(rows["mpp"][row])
+    return {"slide": slide, "file": file, "x": int(rows["x"][row]), "y": int(rows["y"][row]),
+            "mpp": None if np.isnan(mpp) else round(mpp, 6), "reason": reason, "detail": detail}
+
+
+def _placed(chosen: dict[int, np.ndarray], opened: dict[int, spool.Unit]) -> tuple[np.ndarray, np.ndarray]:
+    """The chosen rows of all units with the number of their unit, and where in it each stands."""
+    rows = np.empty(sum(map(len, chosen.values())), PLACED)
+    places = np.concatenate([np.empty(0, np.int64), *chosen.values()])
+    end = 0
+    for number, picked in chosen.items():
+        piece = rows[end:end + len(picked)]
+        for name in spool.ROW.names or ():
+            piece[name] = opened[number].rows[name][picked]
+        piece["unit"] = number
+        end += len(picked)
+    return rows, places
+
+
+def _words(opened: dict[int, spool.Unit], keep: dict[int, np.ndarray]) -> Words:
+    found: dict[str, set[str]] = {name: set() for name in Words._fields}
+    for number, unit in opened.items():
+        rows = {name: np.unique(unit.rows[name][keep[number]]).tolist() for name in ("who", "label", "encoding")}
+        for who in map(unit.whos().__getitem__, rows["who"]):
+            for name, word in zip(("slide", "patient", "site", "split"), who[:4], strict=True):
+                found[name].add(word)
+        found["label"].update(map(unit.labels.__getitem__, rows["label"]))
+        found["encoding"].update(map(unit.encodings.__getitem__, rows["encoding"]))
+    found["label"].discard("")
+    return Words(**{name: sorted(words) for name, words in found.items()})
+
+
+class Codes(NamedTuple):
+    """What a unit's own numbers mean among the words of all units."""
+
+    who: np.ndarray         # (whos, 3): slide, patient, split
+    label: np.ndarray
+    encoding: np.ndarray
+
+
+def _codes(opened: dict[int, spool.Unit], words: Words) -> dict[int, Codes]:
+    at = {name: {word: number for number, word in enumerate(known)} for name, known in words._asdict().items()}
+    none = index.NO_LABEL       # also of words that only copies had, which were left out
+    return {number: Codes(
+        np.array([(at["slide"].get(slide, none), at["patient"].get(patient, none), at["split"].get(split, none))
+                  for slide, patient, _, split, _ in unit.whos()], np.int32).reshape(-1, 3),
+        np.array([at["label"].get(label, none) for label in unit.labels], np.int32),
+        np.array([at["encoding"].get(encoding, none) for encoding in unit.encodings], np.int32),
+    ) for number, unit in opened.items()}
+
+
+def _room(out: Path, images: int, samples: int, dataset: str) -> None:
+    """Refuses before the first tar where the disk cannot hold all of them."""
+    needed = images + samples * 4 * tarfile.BLOCKSIZE + (64 << 20)      # two headers, JSON, padding; tables
+    there = sum(path.stat().st_size for path in out.glob(f"{dataset}-*.tar"))
+    if (free := shutil.disk_usage(out).free) < needed - there:
+        raise StorageError(errno.ENOSPC, f"{out}: the disk is full: the tars take about {(needed - there) / 2**30:.1f} "
+                                         f"GiB more, {free / 2**30:.1f} GiB are free. What is cut is kept: free some "
+                                         "space and call again")
+
+
+def _tars(opened: dict[int, spool.Unit], keep: dict[int, np.ndarray], words: Words, bounds: list[int],
+          settings: Settings, columns: index.Columns, progress: Progress) -> list[index.Tar]:
+    """All tars, in processes, a few at a time; their rows go into the columns of the sample table."""
+    out, total = settings.out, len(bounds) - 1
+    codes = _codes(opened, words)
+    listed: list[index.Tar] = []
+    progress("writing tars", 0, total)
+    workers = min(cut.cores(settings), total)
+    pool = concurrent.futures.ProcessPoolExecutor(workers, mp_context=cut.processes(), initializer=cut.end_with_parent)
+    with pool:
+        waiting: list[tuple[np.ndarray, concurrent.futures.Future]] = []
+        try:
+            chunks = _chunks(opened, keep, codes, bounds)
+            for number in range(total + 2 * workers):       # so many wait for us at most
+                if number < total:
+                    rows, path = next(chunks), out / f"{settings.dataset}-{number:06d}.tar"
+                    waiting.append((rows, pool.submit(_tar, path, out / ".work", rows)))
+                if number >= 2 * workers and waiting:
+                    rows, job = waiting.pop(0)
+                    tar, offsets = job.result()
+                    columns.add(_table(rows, offsets, len(listed), codes))
+                    listed.append(tar)
+                    progress("writing tars", len(listed), total)
+        except concurrent.futures.process.BrokenProcessPool:
+            raise ShardError("a process died while it wrote a tar (out of memory, or killed); call again to go on"
+                             ) from None
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+    return listed
+
+
+def _chunks(opened: dict[int, spool.Unit], keep: dict[int, np.ndarray], codes: dict[int, Codes],
+            bounds: list[int]) -> Iterator[np.ndarray]:
+    """The rows of each tar, in order: range by range of the places, so that memory holds a few tars of them."""
+    total = sum(len(unit.rows) for unit in opened.values())
+    parts = -(-total // ROWS_AT_ONCE) or 1
+    edges = [part * 2**64 // parts for part in range(parts + 1)]
+    left, tar, last = np.empty(0, PLACED), 0, np.empty(0, PLACED)
+    for low, high in zip(edges[:-1], edges[1:], strict=True):
+        chosen = {}
+        for number, unit in opened.items():
+            between = unit.between(low, high)
+            chosen[number] = between[keep[number][between]]
+        rows, _ = _placed(chosen, opened)
+        ends = np.cumsum([0, *map(len, chosen.values())])
+        for number, first, end in zip(chosen, ends[:-1], ends[1:], strict=True):     # classes of all, not of a unit
+            rows["label"][first:end] = codes[number].label[rows["label"][first:end]]
+        rows = rows[np.argsort(rows["order"], kind="stable")]
+        _refuse_twins(np.concatenate([last, rows]))
+        left, last = np.concatenate([left, rows]), rows[-1:]
+        while tar + 1 < len(bounds) and len(left) >= bounds[tar + 1] - bounds[tar]:
+            yield left[:bounds[tar + 1] - bounds[tar]]
+            left, tar = left[bounds[tar + 1] - bounds[tar]:], tar + 1
+
+
+def _refuse_twins(rows: np.ndarray) -> None:
+    """Equal keys have equal places, so they are neighbours."""
+    twins = rows["key"][1:][rows["key"][1:] == rows["key"][:-1]].tolist()
+    if twins:
+        raise ShardError(f"{len(twins)} tiles share their key with another, first {twins[0].decode()!r}: two files of "
+                         "the source have the same name; rename one, or shard the folders apart")
+
+
+def _table(rows: np.ndarray, offsets: np.ndarray, tar: int, codes: dict[int, Codes]) -> dict[str, np.ndarray]:
+    """Rows of the spool as rows of the sample table."""
+    units, one = rows["unit"].tolist(), np.zeros(len(rows), np.int8)
+    who = np.array([codes[unit].who[number] for unit, number in zip(units, rows["who"].tolist(), strict=True)])
+    return {
+        **{name: rows[name] for name in ("key", "size", "crc32", "x", "y", "mpp", "label", "digest")},
+        "tar": np.full(len(rows), tar), "offset": offsets, "dataset": one, "stain": one, "organ": one,
+        "slide": who[:, 0], "patient": who[:, 1], "split": who[:, 2],
+        "encoding": np.array([codes[unit].encoding[number]
+                              for unit, number in zip(units, rows["encoding"].tolist(), strict=True)]),
+    }
+
+
+# --- in the process of a tar
+
+
+def _tar(path: Path, work: Path, rows: np.ndarray) -> tuple[index.Tar, np.ndarray]:
+    """One tar and its idx, whole or absent; returns what index.json says of it and where its images start."""
+    note, told = work / f"{path.stem}.done", hashlib.sha256(rows.tobytes()).hexdigest()
+    if (old := _written(path, note, told)) is not None:
+        return old
+    with folder.storage(path):
+        draft = path.with_name(f".{path.name}.tmp")
+        digest, offsets, members, end = hashlib.sha256(), np.empty(len(rows), np.int64), [], 0
+        with draft.open("wb") as out:
+            for number, (row, image, about) in enumerate(_images(work, rows)):
+                name = row["key"].decode()
+                # JSON after the image: webdataset and DALI group neighbours of one name into one sample.
+                first, second = _member(f"{name}.jpg", image), _member(f"{name}.json", about)
+                for content in (first, second):
+                    out.write(content)
+                    digest.update(content)
+                offsets[number] = start = end + tarfile.BLOCKSIZE
+                members.append([("jpg", start, len(image), f"{name}.jpg"),
+                                ("json", end + len(first) + tarfile.BLOCKSIZE, len(about), f"{name}.json")])
+                end += len(first) + len(second)
+            out.write(END)
+            digest.update(END)
+            out.flush()
+            os.fsync(out.fileno())
+            size = out.tell()
+        folder.publish(draft, path)
+        folder.write(path.with_suffix(".idx"), index.idx(members))
+        tar = index.Tar(path.name, len(rows), size, digest.hexdigest())
+        folder.write(note, json.dumps({"told": told, "tar": asdict(tar), "offsets": offsets.tolist()}))
+    return tar, offsets
+
+
+def _written(path: Path, note: Path, told: str) -> tuple[index.Tar, np.ndarray] | None:
+    """What an earlier call wrote, if it was told the same and it is still there."""
+    with contextlib.suppress(OSError, ValueError):
+        known = json.loads(note.read_text())
+        if (known["told"] == told and path.stat().st_size == known["tar"]["bytes"]
+                and path.with_suffix(".idx").is_file()):
+            return index.Tar(**known["tar"]), np.array(known["offsets"], np.int64)
+    return None
+
+
+def _images(work: Path, rows: np.ndarray) -> Iterator[tuple[np.void, bytes, bytes]]:
+    """Rows with their images and JSON, read in pieces that are contiguous in the spool of each unit."""
+    ends = np.cumsum(rows["size"], dtype=np.int64)
+    first = 0
+    while first < len(rows):
+        base = ends[first - 1] if first else 0
+        last = max(first + 1, int(np.searchsorted(ends, base + BYTES_AT_ONCE)))
+        for row, (image, about) in zip(rows[first:last], _read(work, rows[first:last]), strict=True):
+            if row["label"] != index.NO_LABEL:
+                about = about.removesuffix(b"null}") + b"%d}" % row["label"]
+            yield row, image, about
+        first = last
+
+
+def _read(work: Path, rows: np.ndarray) -> list[tuple[bytes, bytes]]:
+    found: list[tuple[bytes, bytes]] = [(b"", b"")] * len(rows)
+    places = np.lexsort((rows["start"], rows["unit"]))
+    starts, units, sizes = rows["start"][places], rows["unit"][places], rows["size"][places].astype(np.int64)
+    ends = starts + sizes + rows["about"][places]
+    breaks = np.flatnonzero((units[1:] != units[:-1]) | (starts[1:] != ends[:-1])) + 1
+    bounds = [0, *breaks.tolist(), len(rows)]
+    with contextlib.ExitStack() as last:
+        for low, high in zip(bounds[:-1], bounds[1:], strict=True):
+            if low == 0 or units[low] != units[low - 1]:
+                last.close()
+                spooled = last.enter_context(spool.path(work, int(units[low]), "tiles").open("rb", buffering=0))
+            begin = int(starts[low])
+            content = os.pread(spooled.fileno(), int(ends[high - 1]) - begin, begin)
+            for at in range(low, high):
+                start, row = int(starts[at]) - begin, int(places[at])
+                image = content[start:start + int(sizes[at])]
+                if zlib.crc32(image) != rows["crc32"][row]:
+                    raise ShardError(f"the spool in {work} changed on disk (unit {units[at]}); delete {work} and shard "
+                                     "again")
+                found[row] = image, content[start + int(sizes[at]):int(ends[at]) - begin]
+    return found
+
+
+# A USTAR header of which name, size and checksum are still to be said; owner, group and time stay 0.
+_HEADER = tarfile.TarInfo("").tobuf(tarfile.USTAR_FORMAT)
+_SUM = sum(_HEADER[:148]) + sum(_HEADER[156:])
+
+
+def _member(name: str, data: bytes) -> bytes:
+    """Header, content and padding: what tarfile writes, in a twentieth of its time."""
+    said, size = name.encode(), b"%011o" % len(data)
+    total = _SUM + 256 + sum(said) + sum(size) - 11 * ord("0")
+    return b"".join((said, _HEADER[len(said):124], size, _HEADER[135:148], b"%06o\0 " % total, _HEADER[156:], data,
+                     bytes(-len(data) % tarfile.BLOCKSIZE)))
+
+
+# --- what lies beside the tars
+
+
+def _joined(path: Path, pieces: list[Path], last: str) -> str:
+    """One file from many, however long; returns its SHA-256."""
+    draft, digest = path.with_name(f".{path.name}.tmp"), hashlib.sha256()
+    with draft.open("wb") as out:
+        for piece in pieces:
+            content = piece.read_bytes()
+            out.write(content)
+            digest.update(content)
+        out.write(last.encode())
+        digest.update(last.encode())
+        out.flush()
+        os.fsync(out.fileno())
+    folder.publish(draft, path)
+    return digest.hexdigest()
+
+
+def _pictures(units: list[list[sources.Source]], settings: Settings, done: list[int]) -> None:
+    if settings.kind not in CUT:
+        return
+    overlays = folder.make(settings.out / "overlays")
+    for number in done:
+        picture = spool.path(settings.out / ".work", number, "png")
+        if picture.exists():
+            # Linked and not moved: a call that comes after a kill finds it again.
+            draft = overlays / f".{number}.tmp"
+            draft.unlink(missing_ok=True)
+            try:
+                os.link(picture, draft)
+            except OSError:         # a file system without links
+                shutil.copyfile(picture, draft)
+            draft.replace(overlays / cut.overlay_name(units[number][0], settings))
+    folder.sync(overlays)
+
+
+def _remove_tars(out: Path, dataset: str, keep: list[str] | tuple[str, ...] = ()) -> None:
     """What a killed job with other settings left: whoever reads *.tar would take its tiles for those of this job."""
     for path in out.iterdir():
         match = re.fullmatch(rf"\.?({re.escape(dataset)}-\d{{6}}\.)(tar|idx|tar\.tmp)", path.name)
         if match and match[1] + "tar" not in keep:
             path.unlink()
-
-
-def _without_duplicates(table: pa.Table) -> tuple[pa.Table, str]:
-    """The table with the first of every set of equal tiles, and a line for each that went."""
-    digests = np.frombuffer(b"".join(table["digest"].to_pylist()), dtype="V16")
-    first = np.sort(np.unique(digests, return_index=True)[1])
-    gone = table.take(pa.array(np.setdiff1d(np.arange(table.num_rows), first))).select(["slide", "file", "x", "y"])
-    lines = "".join(json.dumps({**row, "reason": "duplicate"}) + "\n" for row in gone.to_pylist())
-    return table.take(pa.array(first)), lines
-
-
-def _tar(path: Path, rows: pa.Table, classes: list[str], settings: Settings, work: Path) -> tuple[index.Tar, list[int]]:
-    """One tar and its idx, whole or absent; returns what index.json says of it and where its images start."""
-    draft, digest, offsets, members = path.with_name(f".{path.name}.tmp"), hashlib.sha256(), [], []
-    with draft.open("wb") as out:
-
-        def put(data: bytes) -> None:
-            out.write(data)
-            digest.update(data)
-
-        def member(name: str, data: bytes) -> int:
-            header = tarfile.TarInfo(name)      # owner, group and time stay 0: same input, same bytes
-            header.size, header.mode = len(data), 0o644
-            put(header.tobuf(tarfile.USTAR_FORMAT))
-            start = out.tell()
-            put(data + bytes(-len(data) % tarfile.BLOCKSIZE))
-            return start
-
-        for row in rows.to_pylist():
-            with _spool(work, row["unit"], ".tiles").open("rb") as spool:
-                image = os.pread(spool.fileno(), row["size"], row["start"])
-            if zlib.crc32(image) != row["crc32"]:
-                raise ShardError(f"the spool of {row['slide']} changed on disk; delete {work} and shard again")
-            about = json.dumps({
-                "dataset": settings.dataset, "slide": row["slide"], "patient": row["patient"], "x": row["x"],
-                "y": row["y"], "mpp": None if np.isnan(row["mpp"]) else round(row["mpp"], 6),
-                "size": [row["width"], row["height"]], "label": row["label"] or None,
-                "class": classes.index(row["label"]) if row["label"] else None, "split": row["split"],
-                "stain": settings.stain, "organ": settings.organ, "encoding": row["encoding"],
-            }, ensure_ascii=True).encode()
-            name = row["key"]
-            # JSON after the image: webdataset and DALI group neighbours of one name into one sample.
-            start = member(f"{name}.jpg", image)
-            members.append([("jpg", start, len(image), f"{name}.jpg"),
-                            ("json", member(f"{name}.json", about), len(about), f"{name}.json")])
-            offsets.append(start)
-        put(bytes(2 * tarfile.BLOCKSIZE))       # the end of a tar
-        out.flush()
-        os.fsync(out.fileno())
-        size = out.tell()
-    folder.publish(draft, path)
-    folder.write(path.with_suffix(".idx"), index.idx(members))
-    return index.Tar(path.name, len(members), size, digest.hexdigest()), offsets
-
-
-def _pictures(units: list[list[tiles.Source]], work: Path, out: Path) -> None:
-    overlays = folder.make(out / "overlays")
-    for number, unit in enumerate(units):
-        picture = _spool(work, number, ".png")
-        if picture.exists():
-            folder.publish(picture, overlays / f"{tiles.key(unit[0].slide)}.png")
-
-
-def _reasons(path: Path) -> dict[str, int]:
-    return _count([path]) if path.exists() else {}
-
-
-def _count(paths: Iterable[Path]) -> dict[str, int]:
-    counts: dict[str, int] = {}
-    for path in paths:
-        for line in io.StringIO(path.read_text()):
-            reason = json.loads(line)["reason"]
-            counts[reason] = counts.get(reason, 0) + 1
-    return counts

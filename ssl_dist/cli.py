@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import json
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -111,45 +112,151 @@ def recipes(debug: Debug = False) -> None:     # noqa: ARG001
 
     folder = config.recipes()
     for path in sorted(folder.rglob("*.yaml")):
+        if path.parent.name == "datasets":      # for those there is a verb
+            continue
         first = path.read_text(encoding="utf-8").partition("\n")[0]
         say(f"{path.relative_to(folder).with_suffix('').as_posix():24} {first.lstrip('# ')}")
 
 
 @app.command()
 @verb
-def shard(config: Config, overrides: Overrides = None, print_config: PrintConfig = False, dry_run: DryRun = False,
-          debug: Debug = False) -> None:       # noqa: ARG001
-    """Cut slides or tile folders into a shard folder."""
-    from shards import show, tiles, write
-    from ssl_dist import config as configs
-    from ssl_dist import schema
+def datasets(look: Annotated[list[str] | None, typer.Argument(
+                 help="root=FOLDER of the datasets, records=FOLDER of your own records.", show_default=False)] = None,
+             as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+             debug: Debug = False) -> None:    # noqa: ARG001
+    """List the datasets that we know how to read: licence, and how many files of each lie under a root."""
+    from rich.console import Console
+    from rich.table import Table
 
-    settings = configs.load(write.Settings, config, overrides or [])
-    if print_config:
-        return say(schema.dump(settings).rstrip())
-    if dry_run:
-        suffixes = tiles.SLIDES if settings.kind == "slides" else tiles.IMAGES
-        found = tiles.sources(settings.source, suffixes, settings.names)
-        patients = len({each.patient for each in found})
-        return say(f"{len(found)} {settings.kind} of {patients} patients in {settings.source}")
-    with bars() as progress:
-        done = write.write(settings, progress)
-        if not done.untouched:
-            show.sheets(done.out)
-    left_out = ", ".join(f"{count} {reason}" for reason, count in sorted(done.rejected.items())) or "none"
-    say(f"{done.out}: {done.samples} tiles in {done.tars} tars" + (", complete before" if done.untouched else ""),
-        f"left out: {left_out}")
+    from shards import catalogue
+    from ssl_dist import config, schema
+
+    where = schema.load(catalogue.Look, None, look or [])
+    listed = catalogue.records(config.recipes() / "datasets", where.records)
+    rows = [{"name": name, "organ": record.said("organ"), "kind": record.kind, "images": record.said("size"),
+             "licence": record.said("licence"),
+             "files": catalogue.present(record, where.root) if where.root else None} for name, record in listed.items()]
+    if as_json:
+        return say(json.dumps(rows, indent=2))
+    table = Table("name", "organ", "kind", "images", "licence", "files", box=None, pad_edge=False)
+    for row in rows:
+        table.add_row(*("" if value is None else str(value or "none") for value in row.values()))
+    Console(soft_wrap=not sys.stdout.isatty()).print(table)
+    if where.root:
+        say(f"{sum(bool(row['files']) for row in rows)} of {len(rows)} lie under {where.root}")
     return None
 
 
 @app.command()
 @verb
-def check(folder: Annotated[Path, typer.Argument(help="A shard folder.")], debug: Debug = False) -> int:  # noqa: ARG001
-    """Hold a shard folder against its index: sizes, digests, members, idx."""
+def shard(config: Config, overrides: Overrides = None, print_config: PrintConfig = False, dry_run: DryRun = False,
+          debug: Debug = False) -> int:        # noqa: ARG001
+    """Cut slides, or take tile folders, into a shard folder; CONFIG may be a dataset's record, or a job over many."""
+    from shards import catalogue, sources
+    from shards.settings import Settings
+    from ssl_dist import config as configs
+    from ssl_dist import schema
+
+    path, words = configs.recipe(config), overrides or []
+    kind = catalogue.holds(path)
+    if kind == "many":
+        return _shard_many(path, words, print_config, dry_run)
+    if kind == "record":        # what it says of the dataset goes before what is typed, as if typed first
+        given = next((word.partition("=")[2] for word in words if word.startswith("source=")), None)
+        told = catalogue.job(catalogue.read(path), Path(given).expanduser() if given else None)
+        settings = schema.load(Settings, None, [*map(_typed, told.items()), *words])
+    else:
+        settings = schema.load(Settings, path, words)
+    if print_config:
+        say(schema.dump(settings).rstrip())
+    elif dry_run:
+        found = sources.sources(settings)
+        patients = len({each.patient for each in found} - {""})
+        say(f"{len(found)} {settings.kind} of {patients or 'unknown'} patients in {settings.source}")
+    else:
+        say(*_written(settings))
+    return 0
+
+
+def _typed(setting: tuple[str, Any]) -> str:
+    """A setting as the word that somebody would type."""
+    name, value = setting
+    return f"{name}={value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)}"
+
+
+def _written(settings: Any) -> list[str]:
+    """Does one shard job; returns what there is to say of it."""
+    from shards import show, write
+
+    with bars() as progress:
+        done = write.write(settings, progress)
+        if done and not done.untouched:
+            show.sheets(done.out)
+    if done is None:
+        return [f"{settings.out}: part {settings.part} is cut; when all are, call again without part="]
+    left_out = ", ".join(f"{count} {reason}" for reason, count in sorted(done.rejected.items())) or "none"
+    return [f"{done.out}: {done.samples} tiles in {done.tars} tars" + (", complete before" if done.untouched else ""),
+            f"left out: {left_out}"]
+
+
+def _shard_many(path: Path, words: list[str], print_config: bool, dry_run: bool) -> int:
+    """A shard job for each dataset under a root; one that fails does not end the others."""
+    from shards import catalogue
+    from shards.settings import Settings
+    from ssl_dist import config as configs
+    from ssl_dist import schema
+
+    many = schema.load(catalogue.Many, path, words)
+    if print_config:
+        say(schema.dump(many).rstrip())
+        return 0
+    listed = catalogue.records(configs.recipes() / "datasets", many.records)
+    asked = catalogue.chosen(many, listed)
+    files = {name: catalogue.present(record, many.root) for name, record in asked.items()}
+    here = [name for name, count in files.items() if count]
+    if not here:
+        raise schema.ConfigError([f"root={many.root} holds none of the {len(asked)} datasets; each is looked for in a "
+                                  f"folder of its own: {', '.join(sorted({each.folder for each in asked.values()}))}"])
+
+    def told() -> Iterator[Any]:
+        for values in catalogue.jobs(many, listed, here):
+            yield schema.build(Settings, values, where=f"{path} and the record of {values['dataset']}")
+
+    ready = list(told())        # every mistake in a record is found before any tile is written
+    if dry_run:
+        say(*(f"{each.dataset}: {files[each.dataset]} {each.kind} in {each.source} -> {each.out}" for each in ready))
+    failed = 0
+    for settings in () if dry_run else told():
+        try:
+            say(f"{settings.dataset}: " + "; ".join(_written(settings)))
+        except Exception as error:
+            if getattr(error, "exit_code", 9) == 9:     # a full disk is everybody's, and a bug is ours
+                raise
+            failed += 1
+            say(f"{settings.dataset}: failed: {error}")
+    say(f"{len(here) - failed} of {len(asked)} datasets " + ("would be written" if dry_run else "are written")
+        + (f", {failed} failed" if failed else ""))
+    if missing := [name for name, count in files.items() if not count]:
+        say(f"not under {many.root}: {', '.join(missing)}")
+    return 3 if failed else 0
+
+
+@app.command()
+@verb
+def check(folder: Annotated[Path, typer.Argument(help="A shard folder.")],
+          decode: Annotated[bool, typer.Option("--decode", help="Decode every tile as well.")] = False,
+          mend: Annotated[bool, typer.Option("--mend", help="Rebuild what the tars can tell, remove what killed jobs "
+                                                            "left. Without it nothing is written.")] = False,
+          workers: Annotated[int, typer.Option(min=0, help="Threads and processes; 0: one a core.")] = 0,
+          debug: Debug = False) -> int:        # noqa: ARG001
+    """Hold a shard folder against its index: sizes, digests, members, idx, keys; decode its tiles; mend it."""
     from shards import check as checks
 
     with bars() as progress:
-        problems = checks.check(folder, progress)
+        done, problems = (checks.mend(folder, progress, decode, workers) if mend else
+                          ([], checks.check(folder, progress, decode, workers)))
+    for line in done:
+        say(f"mended: {line}")
     for problem in problems:
         say(problem)
     say(f"{folder}: {len(problems)} problems" if problems else f"{folder}: sound")
@@ -159,10 +266,11 @@ def check(folder: Annotated[Path, typer.Argument(help="A shard folder.")], debug
 @app.command()
 @verb
 def show(folder: Annotated[Path, typer.Argument(help="A shard folder.")], debug: Debug = False) -> None:  # noqa: ARG001
-    """Draw contact sheets of a shard folder: look at the data before training on it."""
+    """Draw contact sheets of a shard folder, and one page of all there is to see: look at it before training on it."""
+    from shards import gallery
     from shards import show as shows
 
-    for path in shows.sheets(folder):
+    for path in (*shows.sheets(folder), gallery.write(folder)):
         say(str(path))
 
 

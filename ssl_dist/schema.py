@@ -2,7 +2,8 @@
 
 OmegaConf reads and merges; this file is the layer that OmegaConf lacks: ranges, choices, rules across fields, `None`
 written as a word, and the nearest right name for a mistyped key. A field's metadata says what may stand there:
-range=(low, high), choices=(...), pattern="regex", exists=True, regex=True, help="...".
+range=(low, high), choices=(...), pattern="regex", exists=True, regex=True, one=True (of a list: one value stands for a
+list of one), help="...".
 """
 
 import dataclasses
@@ -192,7 +193,10 @@ class _Reader:
             key = prefix + name
             if name in values and values[name] != MISSING:
                 before = len(self.problems)
-                result[name] = self.value(hints[name], values[name], key)
+                given = values[name]
+                if field.metadata.get("one") and isinstance(given, int | float):
+                    given = [given]         # one value stands for a list of one
+                result[name] = self.value(hints[name], given, key)
                 if len(self.problems) == before:
                     self.limits(field.metadata, result[name], key)
             elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:

@@ -48,7 +48,7 @@ NOBODY_IMPORTS = {"ssl_dist.train": ["ssl_dist.cli"], "ssl_dist.cli": ["ssl_dist
 DOORS = {
     "openslide": "shards/slide.py", "nvidia": "ssl_dist/data/dali.py", "cv2": "ssl_dist/data/opencv.py",
     "timm": "ssl_dist/models/encoder.py", "deepspeed": "ssl_dist/engine.py", "submitit": "launch/slurm.py",
-    "tifffile": "shards/synthetic.py", "typer": "ssl_dist/cli.py", "omegaconf": "ssl_dist/schema.py",
+    "tifffile": "shards/tiff.py", "simplejpeg": "shards/jpeg.py", "h5py": "shards/arrays.py", "typer": "ssl_dist/cli.py", "omegaconf": "ssl_dist/schema.py",
     "jinja2": "ssl_dist/report/page.py",
 }
 NEVER_TORCH = ("shards", "launch", "ssl_dist/report", "ssl_dist/schema.py", "ssl_dist/config.py", "ssl_dist/cli.py")
@@ -170,10 +170,16 @@ def test_every_file_of_the_tree_says_what_it_is() -> None:
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda path: path.stem)
 def test_every_recipe_parses_and_begins_with_what_it_is(path: Path, tmp_path: Path) -> None:
     from launch.job import Job
-    from shards import write
+    from shards import catalogue, write
     from ssl_dist import config, schema
 
     assert path.read_text().startswith("# ")
+    if catalogue.holds(path) == "record":
+        assert catalogue.read(path).name == path.stem       # all else: test_shards_catalogue.py
+        return
+    if catalogue.holds(path) == "many":
+        assert schema.load(catalogue.Many, path, [f"root={tmp_path}"])
+        return
     kind = {"shards": write.Settings, "eval": config.Eval, "launch": Job}.get(path.parent.name, config.Train)
     # Paths of somebody's machine cannot exist here; everything else must hold.
     where = {write.Settings: ["source={}"], config.Eval: ["encoder={}", "data.shards=[{}]"],

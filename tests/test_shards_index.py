@@ -7,6 +7,7 @@ import json
 import re
 import tarfile
 import zlib
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -50,7 +51,7 @@ def members(shard: Path) -> list[tuple[str, int, bytes, int]]:
 
 def test_the_index_says_what_lies_in_the_folder(shard: Path, settings: write.Settings) -> None:
     found = content(shard)
-    assert set(found) == {"format", "datasets", "settings", "fingerprint", "tars"}
+    assert set(found) == {"format", "datasets", "settings", "fingerprint", "tars", "files"}
     assert found["format"] == 1
     assert sorted(path.name for path in shard.glob("*.tar")) == [tar["name"] for tar in found["tars"]]
     assert len(found["tars"]) > 2
@@ -64,7 +65,8 @@ def test_the_index_says_what_lies_in_the_folder(shard: Path, settings: write.Set
     labels = {row["label"] for row in table} - {-1}
     assert {**card, "classes": len(card["classes"])} == {
         "name": "painted", "organ": "none", "stain": "H&E", "licence": "Apache-2.0", "about": "",
-        "classes": len(labels), "samples": len(table), "slides": 4, "patients": 4}
+        "classes": len(labels), "samples": len(table), "slides": 4, "patients": 4, "sites": 0,
+        "rejected": Counter(json.loads(line)["reason"] for line in (shard / "rejected.jsonl").read_text().splitlines())}
     assert card["classes"] == sorted(card["classes"])
     assert labels == set(range(len(card["classes"])))
     said = {name: found["settings"][name] for name in ("size", "mpp", "seed", "tar_samples", "labels", "quality")}
@@ -191,7 +193,8 @@ def test_every_square_of_the_grid_is_a_sample_or_a_line_in_rejected(shard: Path,
     left_out = [json.loads(line) for line in (shard / "rejected.jsonl").read_text().splitlines()]
     gone = [(line["slide"], line["x"], line["y"]) for line in left_out]
     assert sorted(kept + gone) == sorted(grid)
-    assert all(set(line) == {"slide", "file", "x", "y", "reason"} and line["reason"] for line in left_out)
+    assert all(set(line) == {"slide", "file", "x", "y", "mpp", "reason", "detail"} and line["reason"]
+               for line in left_out)
     assert {line["file"] for line in left_out} <= {path.name for path in slides.glob("*.svs")}
     assert len(kept) > 60 and len(gone) > 60
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from shards import tissue
+from shards import judge, tissue
 from shards.slide import Slide
 
 
@@ -42,7 +42,7 @@ def test_painted_fat_is_mostly_tissue_although_most_of_its_pixels_are_as_pale_as
     for path in sorted(slides.glob("*.svs")):
         fat = regions(path, tissue.MASK_MPP, "fat")
         with Slide(path) as slide:
-            density = tissue.optical_density(slide.thumbnail(tissue.MASK_MPP))
+            density = judge.densities(slide.thumbnail(tissue.MASK_MPP))[3]
         found, pixels = found + int(masked(path)[fat].sum()), pixels + int(fat.sum())
         stained += int((density[fat] > 0.1).sum())
     assert pixels > 1000, "no fat in the cohort: this test proves nothing"
@@ -72,9 +72,11 @@ def test_empty_glass_has_no_tissue_however_grey_it_is(grey: int) -> None:
 
 def test_a_slide_full_of_tissue_is_all_tissue() -> None:
     rng = np.random.default_rng(0)
-    assert tissue.mask(rng.integers(60, 180, (120, 90, 3), np.uint8)).all()
+    stain = rng.integers(60, 140, (120, 90, 1)) + np.array([60, 0, 70])     # purple, light and dark
+    assert tissue.mask(stain.astype(np.uint8)).all()
     assert tissue.mask(np.full((30, 40, 3), 120, np.uint8)).all()
-    assert tissue.mask(np.zeros((30, 12, 3), np.uint8)).all()
+    assert tissue.mask(np.full((30, 12, 3), (40, 0, 60), np.uint8)).all()
+    assert not tissue.mask(np.zeros((30, 12, 3), np.uint8)).any(), "black is a scanner's frame, or ink"
     assert tissue.mask(np.full((1, 1, 3), 120, np.uint8)).shape == (1, 1)
 
 
@@ -92,7 +94,7 @@ def test_dust_is_not_tissue_and_holes_the_size_of_fat_cells_are() -> None:
 
 def test_optical_density_is_the_mean_of_three_logarithms() -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (6, 7, 3), np.uint8)
-    got = tissue.optical_density(pixels)
+    got = judge.densities(pixels)[3]
     for row in range(6):
         for column in range(7):
             truth = sum(-math.log10(max(int(value), 1) / 255) for value in pixels[row, column]) / 3

@@ -89,11 +89,14 @@ def test_one_worker_writes_the_bytes_that_two_wrote(shard: Path, settings: write
     assert sum(name.startswith("overlays/") for name in digests(shard)) == 4
 
 
-def children(process: int) -> set[int]:
+def descendants(process: int) -> set[int]:
+    """Processes below one, at any depth: those that cut are children of the one that starts them."""
+    found: set[int] = set()
     tasks = Path(f"/proc/{process}/task")
     with contextlib.suppress(FileNotFoundError):
-        return {int(word) for task in tasks.iterdir() for word in (task / "children").read_text().split()}
-    return set()
+        for child in {int(word) for task in tasks.iterdir() for word in (task / "children").read_text().split()}:
+            found |= {child, *descendants(child)}
+    return found
 
 
 def alive(process: int) -> bool:
@@ -103,37 +106,59 @@ def alive(process: int) -> bool:
         return False
 
 
-def test_a_job_killed_again_and_again_ends_with_the_bytes_of_one_that_was_not(shard: Path, settings: write.Settings,
-                                                                             tmp_path: Path) -> None:
+def killed(settings: write.Settings, after: float) -> bool:
+    """Kills a job so many seconds after its first word, and sees its processes off; False if it was done before."""
+    with job(settings) as process:
+        assert process.stdout.readline().startswith(("cutting slides", "reading images"))
+        try:
+            process.wait(after)
+        except subprocess.TimeoutExpired:
+            below = descendants(process.pid)
+            process.kill()
+            process.wait()
+            patience = time.monotonic() + 20
+            while any(map(alive, below)) and time.monotonic() < patience:
+                time.sleep(0.02)
+            assert not any(map(alive, below)), "a process outlived its job"
+            return True
+        assert process.returncode == 0, process.stderr.read()
+        return False
+
+
+def test_jobs_killed_at_ten_random_moments_end_with_the_bytes_of_one_that_was_not(
+    shard: Path, settings: write.Settings, tmp_path: Path
+) -> None:
     mine = replace(settings, out=tmp_path / "out", workers=2)
-    with job(mine) as process:      # at a random moment of the cutting, from outside; its workers go with it
+    start = time.monotonic()
+    with job(mine) as process:
         assert process.stdout.readline() == "cutting slides 0 4\n"
-        patience = time.monotonic() + 20
-        while len(workers := children(process.pid)) < 3 and time.monotonic() < patience:
-            time.sleep(0.02)
-        assert len(workers) == 3, "two workers and Python's tracker of semaphores"
-        if random.random() < 0.5:
-            assert process.stdout.readline() == "cutting slides 1 4\n"
-        time.sleep(random.uniform(0, 0.2))      # two slides at the least are not cut yet
-        process.kill()
-        process.wait()
-    assert not (mine.out / "index.json").exists()
-    patience = time.monotonic() + 20
-    while any(map(alive, workers)) and time.monotonic() < patience:
-        time.sleep(0.02)
-    assert not any(map(alive, workers)), "a worker outlived its job"
-    done = len(list((mine.out / ".work").glob("unit-*.arrow")))
-    with job(mine, stop=6 - done) as process:       # 0 of 4, ..., 4 of 4, tars 0 of n: with the first tar on its way
+        start, _ = time.monotonic(), process.wait()
+        whole = time.monotonic() - start
+    assert digests(mine.out) == digests(shard)
+    kills, random_of = 0, random.Random()
+    while kills < 10:
+        mine = replace(mine, out=tmp_path / str(kills), workers=random_of.choice([1, 2, 3]))
+        kills += killed(mine, random_of.uniform(0, whole))
+        if not (mine.out / "index.json").exists():
+            with pytest.raises(index.ShardError, match="has not finished"):
+                index.read(mine.out)
+            kills += killed(replace(mine, workers=random_of.choice([1, 2, 3])), random_of.uniform(0, whole / 2))
+            write.write(replace(mine, workers=random_of.choice([1, 2, 3])))
+        assert digests(mine.out) == digests(shard)
+
+
+@pytest.mark.parametrize("stop", range(1, 9))
+def test_a_job_killed_at_any_word_it_tells_goes_on_from_there(settings: write.Settings, shard: Path, tmp_path: Path,
+                                                            stop: int) -> None:
+    """0 to 4 of 4 slides, then the tars: what was cut is not cut again."""
+    mine = replace(settings, out=tmp_path / "out", workers=1)
+    with job(mine, stop=stop) as process:
         assert process.wait() == -signal.SIGKILL, process.stderr.read()
-        told = process.stdout.read().splitlines()
-    assert told[0] == f"cutting slides {done} 4", "what was cut is not cut again"
-    assert told[-1].startswith("writing tars 0 ")
-    assert not (mine.out / "index.json").exists()
-    with pytest.raises(index.ShardError, match="has not finished"):
-        index.read(mine.out)
-    told = []
+    done = len(list((mine.out / ".work").glob("unit-*.json")))
+    assert done >= min(stop - 1, 4)
+    told: list[tuple] = []
     assert not write.write(mine, lambda *word: told.append(word)).untouched
-    assert told[0] == ("cutting slides", 4, 4)
+    assert told[0] == ("cutting slides", done, 4)
     assert digests(mine.out) == digests(shard)
 
 
@@ -149,7 +174,8 @@ def test_a_second_call_on_a_finished_folder_changes_nothing(shard: Path, setting
 
 
 @pytest.mark.parametrize(("change", "says"), [
-    ({"mpp": 2.0}, "mpp was 1.0, now 2.0"), ({"seed": 1}, "seed was 0, now 1"), ({"quality": 91}, "quality was 90"),
+    ({"mpp": [2.0]}, r"mpp was \[1.0\], now \[2.0\]"), ({"seed": 1}, "seed was 0, now 1"),
+    ({"quality": 91}, "quality was 90"),
     ({"labels": "names"}, "labels was 'annotations'"), ({"dataset": "other"}, "dataset was 'painted'"),
 ])
 def test_other_settings_on_a_finished_folder_are_refused_by_name(shard: Path, settings: write.Settings, change: dict,
@@ -302,7 +328,7 @@ def test_a_slide_that_cannot_be_opened_stops_the_job_unless_that_was_allowed(sli
     done = write.write(replace(mine, max_failed=1))
     (line,) = (line for line in rejected(mine.out) if line["slide"] == "text")
     assert (line["file"], line["x"], line["y"]) == ("text.svs", None, None)
-    assert "text.svs cannot be opened as a slide" in line["reason"]
+    assert "text.svs cannot be opened as a slide" in line["detail"] and line["reason"] == "failed"
     assert {row["slide"] for row in rows(mine.out)} == {"good"}
     assert done.samples + sum(done.rejected.values()) == 16 + 1     # a grid of 1024 / 256 squared, and the slide
 
@@ -319,9 +345,9 @@ def test_an_error_of_the_job_ends_it_before_the_slides_that_wait_are_cut(slides:
         (source / f"s{number:02d}.svs").symlink_to(slides / "P00-S0.svs")
         if number:
             (source / f"s{number:02d}.geojson").symlink_to(slides / "P00-S0.geojson")
-    with pytest.raises(index.ShardError, match=r"no annotation at .*s00\.geojson.*labels=names"):
+    with pytest.raises(index.ShardError, match=r"no annotation of .*s00\.geojson.*labels=names"):
         write.write(replace(settings, source=source, out=tmp_path / "out", workers=1))
-    assert len(list((tmp_path / "out" / ".work").glob("*.arrow"))) < 6
+    assert len(list((tmp_path / "out" / ".work").glob("unit-*.json"))) < 6
 
 
 def test_a_full_disk_ends_the_job_with_what_to_do_and_the_next_call_completes_it(
@@ -331,7 +357,7 @@ def test_a_full_disk_ends_the_job_with_what_to_do_and_the_next_call_completes_it
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(index, "write_samples", full)
+        patch.setattr(index.Columns, "write", full)
         with pytest.raises(folder.StorageError, match="disk is full: free some space") as caught:
             write.write(few)
     assert caught.value.exit_code == 9

@@ -1,0 +1,66 @@
+"""Images in HDF5 files, as PatchCamelyon is published: many to a file, their labels in a neighbour. The only h5py."""
+
+import csv
+from pathlib import Path
+
+import h5py
+import numpy as np
+
+from shards.index import ShardError
+
+
+def length(path: Path, array: str) -> int:
+    """How many images a file holds."""
+    with _open(path) as file:
+        return len(_images(file, path, array))
+
+
+def read(path: Path, array: str, first: int, last: int) -> tuple[np.ndarray, list[str]]:
+    """Images first to last (NHWC, uint8) and their labels, "" where there are none."""
+    with _open(path) as file:
+        try:
+            pixels = _images(file, path, array)[first:last]
+        except OSError as error:
+            raise ShardError(f"{path} is damaged ({error}); get it again") from None
+        if "y" in file:
+            return pixels, _labels(file, path, first, last)
+    neighbour = path.with_name(f"{path.stem.removesuffix('_x')}_y{path.suffix}")
+    if neighbour == path or not neighbour.is_file():
+        return pixels, [""] * len(pixels)
+    with _open(neighbour) as file:
+        return pixels, _labels(file, neighbour, first, last)
+
+
+def words(path: Path, columns: dict[str, str], first: int, last: int) -> list[dict[str, str]]:
+    """What a table *_meta.csv beside the file says of images first to last: a row an image, in their order."""
+    table = path.with_name(f"{path.stem.removesuffix('_x')}_meta.csv")
+    if not columns or not table.is_file():
+        return [{}] * (last - first)
+    with table.open(newline="", encoding="utf-8-sig") as handle:
+        rows = list(csv.DictReader(handle))[first:last]
+    if len(rows) < last - first or any(name not in rows[0] for name in columns.values()):
+        raise ShardError(f"{table} has not one row an image with columns {', '.join(columns.values())}; get it again, "
+                         "or set columns={}")
+    return [{word: row[name] for word, name in columns.items()} for row in rows]
+
+
+def _open(path: Path) -> h5py.File:
+    try:
+        return h5py.File(path, "r")
+    except OSError as error:
+        raise ShardError(f"{path} is not a readable HDF5 file ({error}); get it again, or unpack it first") from None
+
+
+def _images(file: h5py.File, path: Path, array: str) -> h5py.Dataset:
+    found = file.get(array)
+    if not isinstance(found, h5py.Dataset) or found.ndim != 4 or found.shape[3] != 3 or found.dtype != np.uint8:
+        what = f"{found.dtype} of shape {found.shape}" if isinstance(found, h5py.Dataset) else "not there"
+        raise ShardError(f"{path}: array {array!r} is {what}, not images (N, height, width, 3) of 8 bits; it has "
+                         f"{', '.join(file)}; name the right one with array=")
+    return found
+
+
+def _labels(file: h5py.File, path: Path, first: int, last: int) -> list[str]:
+    if "y" not in file or len(file["y"]) < last:
+        raise ShardError(f"{path} has no label for each image in its array 'y'; get it again")
+    return [str(value) for value in np.asarray(file["y"][first:last]).reshape(last - first, -1)[:, 0].tolist()]

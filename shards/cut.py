@@ -1,0 +1,280 @@
+"""The first phase: every slide in a process of its own, with limits; a slide that fails does not end the job.
+
+What a process leaves is a unit in the spool, whole or absent. So a job that is called again, or in parts on many
+machines, goes on with the units that are missing.
+"""
+
+import contextlib
+import errno
+import json
+import multiprocessing
+import multiprocessing.connection
+import os
+import resource
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
+from multiprocessing.context import ForkServerContext, ForkServerProcess
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from shards import annotation, folder, show, spool, tiles, tissue
+from shards.folder import StorageError
+from shards.index import ShardError
+from shards.settings import CUT, Settings
+from shards.slide import Picture, Slide
+from shards.sources import Source, key
+from shards.tiles import Rejected, Tile
+
+Progress = Callable[[str, int, int], None]      # what is being done, how many are done, of how many
+
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)     # not a slide's fault
+GIGA = 1 << 30
+
+
+class Running(NamedTuple):
+    """A unit at work."""
+
+    process: ForkServerProcess
+    says: Connection
+    until: float
+
+
+def processes() -> ForkServerContext:
+    """Processes that start in milliseconds from one that has imported everything and holds no thread or lock."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["shards.cut"])
+    return context
+
+
+def cores(settings: Settings) -> int:
+    """How many processes the job may have."""
+    return settings.workers or len(os.sched_getaffinity(0))
+
+
+def all_units(units: list[list[Source]], settings: Settings, work: Path, progress: Progress) -> list[Rejected]:
+    """Cuts what is missing of the units (of this part of them); returns the slides and files that failed."""
+    number, of = map(int, settings.part.split("/")) if settings.part else (1, 1)
+    mine = range(number - 1, len(units), of)
+    waiting = [unit for unit in mine if not spool.done(work, unit)]
+    what = "cutting slides" if settings.kind in CUT else "reading images"
+    progress(what, len(mine) - len(waiting), len(mine))
+    waiting.reverse()
+    failed: list[Rejected] = []
+    skipped: dict[int, dict[int, str]] = {}         # unit -> files in it that end their process, and how
+    running: dict[int, Running] = {}
+    context = processes()
+    try:
+        while waiting or running:
+            while waiting and len(running) < cores(settings):
+                unit = waiting.pop()
+                running[unit] = _start(context, units[unit], unit, settings, work, skipped.get(unit, {}))
+            for unit, error in _ended(running, settings, work):
+                if isinstance(error, StorageError):
+                    raise _in_need(error, units, work)
+                if error is None:
+                    progress(what, len(mine) - len(waiting) - len(running), len(mine))
+                    continue
+                at = _at(work, unit) if settings.kind == "tiles" else 0
+                if settings.kind == "tiles":        # once more, without the file that did it
+                    if at in skipped.setdefault(unit, {}):
+                        raise error
+                    skipped[unit][at] = str(error)
+                    waiting.append(unit)
+                source = units[unit][at]
+                failed.append(Rejected(source, "failed", str(error).replace(str(source.path), source.path.name)))
+                if len(failed) > settings.max_failed:
+                    raise ShardError(f"{error} [{len(failed)} failed, max_failed={settings.max_failed}]")
+                progress(what, len(mine) - len(waiting) - len(running), len(mine))
+    finally:        # whatever ended the job, no process of it goes on
+        for left in running.values():
+            left.process.kill()
+            left.process.join()
+    # A file that ended its process stands in its unit's own list already.
+    return [] if settings.kind == "tiles" else failed
+
+
+def _start(context: ForkServerContext, unit: list[Source], number: int, settings: Settings, work: Path,
+           skip: dict[int, str]) -> Running:
+    ours, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=_work, args=(unit, number, settings, work, skip, theirs), daemon=True)
+    process.start()
+    theirs.close()
+    return Running(process, ours, time.monotonic() + settings.unit_seconds)
+
+
+def _ended(running: dict[int, Running], settings: Settings, work: Path) -> Iterator[tuple[int, Exception | None]]:
+    """Waits until a unit ends or is ended; yields each such unit and its error."""
+    wait = min(each.until for each in running.values()) - time.monotonic()
+    multiprocessing.connection.wait([each.process.sentinel for each in running.values()], max(wait, 0))
+    for unit, each in list(running.items()):
+        late = time.monotonic() > each.until
+        if each.process.is_alive() and not late:
+            continue
+        if late and each.process.is_alive():
+            each.process.kill()
+        each.process.join()
+        del running[unit]
+        error: Exception | None = None
+        if not spool.done(work, unit):
+            if each.says.poll():
+                error = _said(each.says, each.process)
+            elif late:
+                error = ShardError(f"not done after {settings.unit_seconds:g} s: it was stopped; look at it, or "
+                                   "give it longer with unit_seconds=")
+            else:
+                error = _crash(each.process)
+        each.says.close()
+        yield unit, error
+
+
+def _said(says: Connection, process: ForkServerProcess) -> Exception:
+    try:
+        return says.recv()
+    except (EOFError, OSError):     # it died while it spoke
+        return _crash(process)
+
+
+def _crash(process: ForkServerProcess) -> Exception:
+    code = process.exitcode or 0
+    how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+    return ShardError(f"its reader crashed ({how}): the file is damaged, or memory ran out")
+
+
+def _at(work: Path, unit: int) -> int:
+    with contextlib.suppress(FileNotFoundError, ValueError):
+        return int(spool.path(work, unit, "at").read_text())
+    return 0
+
+
+def _in_need(error: StorageError, units: list[list[Source]], work: Path) -> StorageError:
+    """The error, and where the disk is full, how much the whole job would take."""
+    if error.errno != errno.ENOSPC:
+        return error
+    found = [spool.Unit(work, unit).bytes for unit in range(len(units)) if spool.done(work, unit)]
+    if not found:
+        return error
+    needed = 2 * sum(found) / len(found) * len(units)       # the spool, and the tars made from it
+    return StorageError(error.errno, f"{error}; the whole job takes about {needed / GIGA:.1f} GiB, half of it until "
+                                     "its end. What is done is kept: call again to go on")
+
+
+# --- in the process of a unit
+
+
+def end_with_parent() -> None:
+    """Ends this process with its job, for it would work on beside the next one."""
+    def watch() -> None:
+        if parent := multiprocessing.parent_process():
+            parent.join()
+            os._exit(1)
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)        # Ctrl-C is for the job, which ends its processes itself
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _work(unit: list[Source], number: int, settings: Settings, work: Path, skip: dict[int, str],
+          says: Connection) -> None:
+    end_with_parent()
+    limit = int(settings.unit_memory_gb * GIGA)
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))        # memory of our own, not files that are mapped
+    try:
+        with folder.storage(work):
+            cut(unit, number, settings, work, skip)
+    except MemoryError:
+        says.send(ShardError(f"{unit[0].path} took more than unit_memory_gb={settings.unit_memory_gb:g} of memory; "
+                             "give it more, or look at it"))
+    except StorageError as error:
+        says.send(error if error.errno in DISK else ShardError(f"{unit[0].path} cannot be read: {error}"))
+    except Exception as error:
+        says.send(ShardError(str(error) if hasattr(error, "exit_code") else
+                             f"{unit[0].path} failed: {type(error).__name__}: {error}"))
+
+
+def cut(unit: list[Source], number: int, settings: Settings, work: Path, skip: dict[int, str]) -> None:
+    """One unit of work into the spool."""
+    with folder.storage(work):
+        writer = spool.Writer(work, number)
+    try:
+        if settings.kind in CUT:
+            mpp = _slide(unit[0], writer, settings)
+        else:
+            mpp = None
+            for item in _files(unit, number, settings, work, skip):
+                _take(item, writer, settings)
+        writer.close(mpp)
+    finally:
+        writer.discard()
+
+
+def _take(item: Tile | Rejected, writer: spool.Writer, settings: Settings) -> None:
+    if isinstance(item, Tile):
+        writer.add(item, tiles.order(settings, item.key), _about(item, settings))
+    else:
+        writer.reject(item)
+
+
+def _about(tile: Tile, settings: Settings) -> bytes:
+    """The JSON of a tile; its class, a number among all classes, comes last: it is known when all slides are cut."""
+    source = tile.source
+    return json.dumps({
+        "dataset": settings.dataset, "slide": source.slide, "patient": source.patient, "site": source.site,
+        "x": tile.x, "y": tile.y, "mpp": None if np.isnan(tile.mpp) else round(tile.mpp, 6), "size": tile.size,
+        "label": tile.label or None, "split": source.split, "stain": settings.stain, "organ": settings.organ,
+        "encoding": tile.encoding, "digest": tile.digest.hex(), "class": None,
+    }).encode()
+
+
+def _files(unit: list[Source], number: int, settings: Settings, work: Path,
+           skip: dict[int, str]) -> Iterator[Tile | Rejected]:
+    if settings.kind == "arrays":
+        yield from tiles.of_array(unit[0], settings)
+        return
+    with spool.path(work, number, "at").open("w") as at:
+        for place, source in enumerate(unit):
+            if place in skip:
+                yield Rejected(source, "failed", skip[place].replace(str(source.path), source.path.name))
+                continue
+            at.seek(0)          # where we are, for whoever finds us dead
+            at.write(f"{place:6}")
+            at.flush()
+            yield tiles.of_file(source, settings)
+
+
+def _slide(source: Source, writer: spool.Writer, settings: Settings) -> float:
+    """Cuts one slide or region and draws what was cut; returns its microns per pixel."""
+    kept: list[tuple[int, int, float]] = []
+    rejected: list[tuple[int, int, float, str]] = []
+    with _opened(source, settings) as slide:
+        found = tissue.mask(slide.thumbnail(tissue.MASK_MPP))
+        drawn = None
+        if settings.labels == "annotations" or settings.inside:
+            drawn = annotation.Annotation.read(annotation.find(source.path, settings.annotations),
+                                               (slide.width, slide.height), slide.mpp)
+        for item in tiles.of_slide(source, slide, found, settings, drawn):
+            _take(item, writer, settings)
+            if isinstance(item, Tile):
+                kept.append((item.x, item.y, item.side))
+            elif item.x is not None and item.y is not None:
+                rejected.append((item.x, item.y, item.side, item.reason))
+        mpp = slide.mpp if np.isfinite(slide.mpp) else 0.5
+        width = max(slide.width * mpp / show.OVERLAY_WIDTH, mpp)
+        show.overlay(slide.thumbnail(width), mpp / width, found, kept, rejected,
+                     spool.path(writer.work, writer.number, "png"))
+        return slide.mpp
+
+
+def _opened(source: Source, settings: Settings) -> Slide | Picture:
+    if settings.kind == "regions":
+        return tiles.picture(source, settings)
+    return Slide(source.path, source.mpp, settings.slide_mpp, power=settings.power)
+
+
+def overlay_name(source: Source, settings: Settings) -> str:
+    """The file name of a slide's overlay; regions of one slide are told apart by their own names."""
+    return f"{key(source.slide) if settings.kind == 'slides' else key(*source.name.split('/'))}.png"
+

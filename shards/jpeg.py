@@ -1,0 +1,59 @@
+"""JPEG in and out: encode a tile, look at an eighth of one, make a slide's own tile a file of its own."""
+
+import numpy as np
+import simplejpeg
+
+SIDE = 65_500       # pixels: what the format can say, and libjpeg will write
+START, TABLES_END = b"\xff\xd8", -2         # of the tables, the end-of-image marker is cut
+# Adobe's marker with its last byte: 0, the three channels are RGB; 1, they are YCbCr. Without it decoders guess.
+MARKER = b"\xff\xee\x00\x0eAdobe\x00\x64\x00\x00\x00\x00"
+SUBSAMPLINGS = {"4:4:4": "444", "4:2:0": "420"}
+
+
+class JpegError(ValueError):
+    """Bytes that are not a JPEG that we can use."""
+
+
+def encode(pixels: np.ndarray, quality: int, subsampling: str) -> bytes:
+    """RGB pixels as a baseline JPEG."""
+    if max(pixels.shape[:2]) > SIDE:
+        raise JpegError(f"{pixels.shape[1]} x {pixels.shape[0]} pixels are more than a JPEG holds ({SIDE} a side)")
+    return simplejpeg.encode_jpeg(np.ascontiguousarray(pixels), quality, "RGB", SUBSAMPLINGS[subsampling],
+                                  fastdct=False)
+
+
+def eighth(content: bytes) -> np.ndarray:
+    """The picture at an eighth of its size, each pixel the mean of a block: a third of the work of all of it."""
+    try:
+        return simplejpeg.decode_jpeg(content, "RGB", fastdct=False, min_height=1, min_width=1, min_factor=8)
+    except ValueError as error:
+        raise JpegError(str(error)) from None
+
+
+def decode(content: bytes) -> np.ndarray:
+    """The picture, RGB."""
+    try:
+        return simplejpeg.decode_jpeg(content, "RGB", fastdct=False)
+    except ValueError as error:
+        raise JpegError(str(error)) from None
+
+
+def header(content: bytes) -> tuple[int, int, str]:
+    """Width, height and colour space as the file says them."""
+    try:
+        height, width, colours, _ = simplejpeg.decode_jpeg_header(content)
+    except ValueError as error:
+        raise JpegError(str(error)) from None
+    return width, height, colours
+
+
+def splice(tile: bytes, tables: bytes, rgb: bool) -> bytes:
+    """A tile of a TIFF as a JPEG file: its bytes, behind the tables it shares with others and a marker of its colours.
+
+    Raises where the tile carries a JFIF marker although it is RGB: decoders believe JFIF, and would show wrong colours.
+    """
+    jfif, adobe = (mark in tile[:64] for mark in (b"JFIF\x00", b"\xff\xee\x00\x0eAdobe"))
+    if jfif and rgb:
+        raise JpegError("RGB within JFIF, which means YCbCr to whoever reads it")
+    marker = b"" if jfif or adobe else MARKER + bytes([not rgb])
+    return START + marker + tables[2:TABLES_END] + tile[2:]

@@ -1,0 +1,179 @@
+"""The files of a dataset, and what their names and a table tell of each before it is opened."""
+
+import contextlib
+import csv
+import dataclasses
+import hashlib
+import math
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from shards import arrays
+from shards.index import ShardError
+from shards.settings import WORDS, Settings
+from shards.slide import dicom_series
+
+SUFFIXES = {
+    "slides": (".svs", ".tif", ".tiff", ".ndpi", ".mrxs", ".scn", ".bif", ".vms", ".vmu", ".svslide", ".dcm"),
+    "regions": (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp"),
+    "tiles": (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp"),
+    "arrays": (".h5", ".hdf5"),
+}
+# Files or array rows that one worker takes at a time: a second or so of work.
+FILES_A_UNIT = 500
+# TCGA-<tissue source site>-<participant>: the first three parts of a barcode name the patient.
+TCGA = re.compile(r"TCGA-([A-Z0-9]{2})-[A-Z0-9]{4}(?![A-Z0-9])")
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """One slide, image, or piece of an array, and what is known of it before it is opened."""
+
+    file: str                       # its path: a million Path objects would take half a gigabyte
+    name: str                       # path below the source folder, without its suffix
+    slide: str
+    patient: str = ""
+    site: str = ""
+    split: str = ""
+    label: str = ""
+    mpp: float | None = None        # microns per pixel at level 0, where the header should not be asked
+    rows: tuple[int, int] = (0, 0)  # of an array: first image and the one after the last
+
+    @property
+    def path(self) -> Path:
+        """Where it lies."""
+        return Path(self.file)
+
+
+def sources(settings: Settings) -> list[Source]:
+    """Every slide, image or array below the source folder, in the order of its path.
+
+    `names` is a regular expression searched in the path below the folder; its groups say what they say. A row of the
+    table (slides.csv) goes before it, found by the file's name or by the slide that `names` found. A barcode of TCGA
+    tells patient and site where nothing else does.
+    """
+    folder, suffixes = settings.source, SUFFIXES[settings.kind]
+    if not folder.is_dir():
+        raise ShardError(f"no source folder at {folder} (looked in {Path.cwd()}); set source= to the folder that holds "
+                         "the slides or the tile images")
+    path = settings.table or folder / "slides.csv"
+    table = _table(path, settings.columns) if settings.kind != "arrays" else {}
+    found: list[Source] = []
+    used: set[str] = set()
+    for file in files(folder, suffixes, settings.skip):
+        relative = file.relative_to(folder).as_posix()
+        source, row = _described(file, relative, settings, table)
+        used |= row
+        found.append(source)
+    if not found:
+        raise ShardError(f"nothing to shard below {folder}: no file ends in {', '.join(suffixes)}"
+                         + (f", or skip={settings.skip!r} leaves none" if settings.skip else ""))
+    if table and not used:
+        raise ShardError(f"no row of {path} belongs to a file: it says {next(iter(table))!r}, the first file is "
+                         f"{found[0].path.name!r}; write the names of files or slides, or tell with columns= which "
+                         "column holds them")
+    if settings.kind == "arrays":
+        found = [piece for source in found for piece in _pieces(source, settings.array)]
+    return found
+
+
+def files(folder: Path, suffixes: tuple[str, ...], skip: str = "") -> list[Path]:
+    """Paths below `folder` that end so and that `skip` does not match; of a DICOM series its first file."""
+    found, series = [], set()
+    for path in sorted(folder.rglob("*")):
+        if path.suffix.lower() not in suffixes or path.name.startswith("._") or not path.is_file():
+            continue            # ._name is what a Mac leaves beside a file it copied
+        relative = path.relative_to(folder).as_posix()
+        if relative.encode(errors="ignore") != os.fsencode(relative):
+            raise ShardError(f"{os.fsencode(relative)!r} is not a name in UTF-8; rename it, or move it out of {folder}")
+        if skip and re.search(skip, relative):
+            continue
+        if path.suffix.lower() == ".dcm":       # the levels of one slide are files of one series
+            name = dicom_series(path)
+            if name in series:
+                continue
+            series.add(name)
+        found.append(path)
+    return found
+
+
+def units(settings: Settings, found: list[Source]) -> list[list[Source]]:
+    """The pieces of work: a slide each, or some hundred files, always the same ones."""
+    step = FILES_A_UNIT if settings.kind == "tiles" else 1
+    return [found[first:first + step] for first in range(0, len(found), step)]
+
+
+def key(*parts: str) -> str:
+    """A name of [a-z0-9_-] and at most 80 letters; names that had to change carry a digest, so none fall together."""
+    text = "-".join(parts)
+    tame = re.sub(r"[^a-z0-9_-]+", "_", text.lower())
+    if tame == text and len(tame) <= 80:
+        return tame
+    return f"{tame[:63]}-{hashlib.blake2b(text.encode(errors='surrogateescape'), digest_size=8).hexdigest()}"
+
+
+def _described(path: Path, relative: str, settings: Settings,
+               table: dict[str, dict[str, str]]) -> tuple[Source, set[str]]:
+    match = re.search(settings.names, relative) if settings.names else None
+    if settings.names and match is None:
+        raise ShardError(f"names={settings.names!r} does not match {relative!r}; correct the expression, leave the "
+                         "file out with skip=, or move it out of the source folder")
+    known = {name: word for name, word in (match.groupdict() if match else {}).items() if word is not None}
+    names = {path.stem, path.name, relative, known.get("slide", path.stem)} & table.keys()
+    for name in sorted(names):
+        known.update(table[name])
+    slide = known.get("slide", path.stem)
+    barcode = TCGA.search(path.name) or TCGA.search(slide)
+    if barcode:
+        known = {"patient": barcode[0], "site": barcode[1], **known}
+    elif settings.kind == "slides":
+        known.setdefault("patient", slide)      # a slide is of one patient; of a tile that says nothing it is unknown
+    mpp = _microns(known["mpp"], path) if known.get("mpp") else None
+    return Source(file=str(path), name=Path(relative).with_suffix("").as_posix(), slide=slide,
+                  patient=known.get("patient", ""), site=known.get("site", ""), split=known.get("split", ""),
+                  label=known.get("label", ""), mpp=mpp), names
+
+
+def _pieces(source: Source, array: str) -> list[Source]:
+    """An array file in pieces; its neighbours *_y.h5 hold labels and no images, and are none."""
+    if source.path.stem.endswith("_y"):
+        return []
+    rows = arrays.length(source.path, array)
+    return [dataclasses.replace(source, rows=(first, min(first + FILES_A_UNIT, rows)))
+            for first in range(0, rows, FILES_A_UNIT)]
+
+
+def _microns(word: str, path: Path) -> float:
+    with contextlib.suppress(ValueError):
+        if 0 < (value := float(word)) < math.inf:
+            return value
+    raise ShardError(f"mpp={word!r} of {path} is not a number of microns per pixel; correct it in the table or names=")
+
+
+def _table(path: Path, columns: dict[str, str]) -> dict[str, dict[str, str]]:
+    """Rows by the name of their file or slide, in our words."""
+    if not path.is_file():
+        return {}
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as handle:      # spreadsheets put a mark before the first word
+            rows = list(csv.DictReader(handle))
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ShardError(f"{path} is not a table in UTF-8 ({error}); export it again as CSV UTF-8") from None
+    if not rows:
+        return {}
+    if missing := [name for name in columns.values() if name not in rows[0]]:
+        raise ShardError(f"{path} has no column {missing[0]!r} (it has {', '.join(rows[0])}); correct columns=")
+    ours = {**{word: word for word in (*WORDS, "file")}, **columns}
+    name = next((ours[word] for word in ("file", "slide") if ours[word] in rows[0]), None)
+    if name is None:
+        raise ShardError(f"{path} has no column 'slide' or 'file' (it has {', '.join(rows[0])}); add one, or say which "
+                         "it is: columns={slide: NAME}")
+    table: dict[str, dict[str, str]] = {}
+    for row in rows:
+        if row[name] in table:
+            raise ShardError(f"{path} has more than one row for slide {row[name]!r}; keep the one that is right")
+        # The column that the rows are found by names files, perhaps with their suffix: it renames no slide.
+        table[row[name]] = {word: row[ours[word]] for word in WORDS if row.get(ours[word]) and ours[word] != name}
+    return table

@@ -1,0 +1,79 @@
+"""The JPEG tiles of a slide as they lie in its file, and pyramids of our own. The only tifffile."""
+
+import math
+import os
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import tifffile
+from PIL import Image
+
+from shards import jpeg
+from shards.jpeg import JpegError
+
+
+class Level:
+    """One level of a slide whose tiles are JPEGs: square, side by side, each a file of its own but for its tables."""
+
+    def __init__(self, path: Path, page: tifffile.TiffPage):
+        self.side, self.columns = page.tilewidth, -(-page.imagewidth // page.tilewidth)
+        self.rgb = page.photometric == tifffile.PHOTOMETRIC.RGB
+        self.tables = page.jpegtables or b""
+        self._offsets, self._sizes = page.dataoffsets, page.databytecounts
+        self._file = path.open("rb")
+
+    def close(self) -> None:
+        """Frees the file."""
+        self._file.close()
+
+    def tile(self, column: int, row: int) -> bytes:
+        """One tile as a JPEG file; raises JpegError where the slide has none there, or not one that stands alone."""
+        number = row * self.columns + column
+        size = self._sizes[number]
+        content = os.pread(self._file.fileno(), size, self._offsets[number])
+        if not size or len(content) < size:
+            raise JpegError("no bytes" if not size else f"{len(content)} of {size} bytes: the file is cut short")
+        spliced = jpeg.splice(content, self.tables, self.rgb)
+        width, height, colours = jpeg.header(spliced)
+        if (width, height) != (self.side, self.side) or colours not in ("RGB", "YCbCr"):
+            raise JpegError(f"{width} x {height} pixels of {colours}")
+        return spliced
+
+
+def level(path: Path, size: tuple[int, int]) -> Level | None:
+    """The level of `size` (width, height), or None where its tiles cannot be taken as they are."""
+    try:
+        with tifffile.TiffFile(path) as tiff:
+            for page in tiff.pages:
+                if not isinstance(page, tifffile.TiffPage):
+                    continue
+                if (page.imagewidth, page.imagelength) == size and page.is_tiled:
+                    if (page.compression == tifffile.COMPRESSION.JPEG and page.samplesperpixel == 3
+                            and page.bitspersample == 8 and page.planarconfig == tifffile.PLANARCONFIG.CONTIG
+                            and page.tilewidth == page.tilelength
+                            and page.photometric in (tifffile.PHOTOMETRIC.RGB, tifffile.PHOTOMETRIC.YCBCR)):
+                        return Level(path, page)
+                    return None
+    except (tifffile.TiffFileError, OSError, ValueError, KeyError, IndexError, TypeError, AttributeError):
+        return None         # not a TIFF, or one that only OpenSlide understands: it is read by OpenSlide then
+    return None
+
+
+def write_pyramid(path: Path, pixels: np.ndarray, mpp: float, quality: int) -> None:
+    """An Aperio-like slide of three levels (1, 1/4, 1/16) in JPEG tiles of 256 pixels."""
+    level = Image.fromarray(pixels)
+    extent = f"{level.width}x{level.height}"
+    whole = f"Aperio Image Library v12.0.0 \r\n{extent} [0,0 {extent}] (256x256)"
+    facts = f"JPEG/RGB Q={quality}|AppMag = {10 / mpp:g}|MPP = {mpp:.4f}"
+    with tifffile.TiffWriter(path) as tiff:
+        page = partial(tiff.write, photometric="rgb", metadata=None, software=False, maxworkers=1, compression="jpeg",
+                       compressionargs={"level": quality})
+        page(pixels, tile=(256, 256), description=f"{whole} {facts}")
+        thumbnail = level.reduce(math.ceil(max(level.size) / 768))
+        # Aperio puts the thumbnail second and in strips: by that readers tell it from a level
+        page(np.asarray(thumbnail), rowsperstrip=16,
+             description=f"{whole} -> {thumbnail.width}x{thumbnail.height} {facts}")
+        for _ in range(2):
+            level = level.reduce(4)
+            page(np.asarray(level), tile=(256, 256), description=f"{whole} -> {level.width}x{level.height} {facts}")
