@@ -27,6 +27,7 @@ MEASURES: dict[str, np.ndarray] = {"focus": judge.FOCUS_EDGES, "density": judge.
 TITLES = {"focus": ("Focus", "blurred to sharp"), "density": ("Stain density", "pale to dark"),
           "hue": ("Stain hue", "eosin to haematoxylin")}
 BINS = 24
+PLACES = np.arange(BINS) + 0.5  # of the bins' middles
 # So many are shown at most: what a browser draws at once, and more than anyone looks at.
 ROWS, OVERLAYS, SLIDES, CLASSES, REASONS, COLUMNS, FAILURES = 48, 200, 500, 100, 14, 7, 20
 ENOUGH = 10                     # tiles, below which a slide's distribution is chance
@@ -105,12 +106,11 @@ def read(shard: Path, found: index.Index, table: pa.Table) -> Survey:
     """Everything that can be said without keeping more than a few numbers of every slide."""
     number: dict[str, int] = {}
     accepted, rejected = array("q"), array("q")
-    sums = [array("d") for _ in MEASURES]
-    columns: tuple[array, ...] = (accepted, rejected, *sums)
+    sums, counted = ([array("d") for _ in MEASURES] for _ in range(2))
+    columns: tuple[array, ...] = (accepted, rejected, *sums, *counted)
     sites: dict[str, Slide] = {}
     splits: dict[str, Slide] = {}
     whole, measured = Slide(""), False
-    place = np.arange(BINS) + 0.5
     for line in lines(shard, table):
         row = number.setdefault(line["slide"], len(number))
         if row == len(accepted):
@@ -118,8 +118,9 @@ def read(shard: Path, found: index.Index, table: pa.Table) -> Survey:
                 column.append(0)
         accepted[row] += line["kept"]
         rejected[row] += sum(count for reason, count in line["rejected"].items() if reason != show.NOT_DRAWN)
-        for column, bins in zip(sums, histograms(line), strict=True):
-            column[row] += float(bins @ place)
+        for above, below, bins in zip(sums, counted, histograms(line), strict=True):
+            above[row] += float(bins @ PLACES)
+            below[row] += float(bins.sum())
         measured |= "focus" in line
         whole.add(line)
         for groups, name in ((sites, line.get("site") or ""), (splits, line.get("split") or "")):
@@ -133,7 +134,8 @@ def read(shard: Path, found: index.Index, table: pa.Table) -> Survey:
     counts = np.array(accepted, dtype=np.int64)
     # Copies are found when all tiles are known, after the lines were written.
     copies = np.maximum(counts - kept, 0)
-    means = np.array(sums).reshape(len(MEASURES), -1).T / np.maximum(counts, 1)[:, None]
+    with np.errstate(invalid="ignore"):     # a tile too small to be judged has no focus: NaN, and not the lowest
+        means = (np.array(sums) / np.array(counted)).reshape(len(MEASURES), -1).T
     reasons = whole.rejected.copy()     # the cards know the same, and what was found out later
     for card in found.datasets:
         reasons |= Counter({word(reason): count for reason, count in card.get("rejected", {}).items()})
@@ -218,10 +220,10 @@ def histograms(line: dict[str, Any]) -> np.ndarray:
 
 def outlying(means: np.ndarray, bins: np.ndarray) -> np.ndarray:
     """How far each mean lies from the mean of all, at its worst measure, in standard deviations of all tiles."""
-    place, total = np.arange(BINS) + 0.5, np.maximum(bins.sum(axis=1), 1)
-    centre = bins @ place / total
-    spread = np.sqrt((bins * (place - centre[:, None]) ** 2).sum(axis=1) / total)
-    return np.abs((means - centre) / np.maximum(spread, 0.5)).max(axis=1, initial=0)
+    total = np.maximum(bins.sum(axis=1), 1)
+    centre = bins @ PLACES / total
+    spread = np.sqrt((bins * (PLACES - centre[:, None]) ** 2).sum(axis=1) / total)
+    return np.nan_to_num(np.abs(means - centre) / np.maximum(spread, 0.5)).max(axis=1, initial=0)
 
 
 # The sections.
@@ -364,16 +366,17 @@ def distributions(survey: Survey, apart: list[Slide], told: dict[str, Any]) -> H
         return section("looks", title, missing(
             "This folder was written before focus and stain were measured (it has no slides.jsonl): shard again to see "
             "them."))
+    focus = told.get("min_focus") or 0
     later = " Copies that were found later are still in them." if survey.copies.any() else ""
     parts = [paragraph("Of the kept tiles, each distribution drawn to its own height; grey is the distribution of all, "
-                       f"and the outermost bins hold what lies beyond.{later} What lies furthest from the rest comes "
-                       "first: the column ", element("i", "apart"), " is the distance of its mean from the mean of "
-                       "all, at the worst of the three, in standard deviations of all tiles.")]
+                       f"and the outermost bins hold what lies beyond.{later} The line is the median, whose value "
+                       f"stands beside it{'; the dashed one is min_focus' * bool(focus)}. What lies furthest from the "
+                       "rest comes first: the column ", element("i", "apart"), " is the distance of its mean from the "
+                       "mean of all, at the worst of the three, in standard deviations of all tiles.")]
     # The drawing of all, once; every row shows it behind its own.
     parts.append(element("svg", element("defs", gradient(), *(
         element("path", id=f"all-{name}", d=steps(bins), class_="ghost")
         for name, bins in zip(MEASURES, survey.whole.bins, strict=True))), class_="defs", aria_hidden="true"))
-    focus = told.get("min_focus") or 0
     for name, groups in (("split", survey.splits), ("site", survey.sites)):
         if len(groups) > 1:
             parts += multiples(name, list(groups.values()), survey, len(groups), "", focus)
@@ -393,7 +396,8 @@ def multiples(what: str, groups: list[Slide], survey: Survey, of: int, note: str
     if not groups:
         return parts
     bins = np.stack([group.bins for group in groups])
-    means = bins @ (np.arange(BINS) + 0.5) / np.maximum(bins.sum(axis=2), 1)
+    with np.errstate(invalid="ignore"):
+        means = bins @ PLACES / bins.sum(axis=2)
     far = outlying(means, survey.whole.bins)
     order = np.argsort(-far, kind="stable")[:ROWS].tolist()
     if len(order) < of and not note:
@@ -415,7 +419,8 @@ def multiples(what: str, groups: list[Slide], survey: Survey, of: int, note: str
 
 def multiple(name: str, site: str | None, group: Slide, sited: bool, min_focus: float, far: str) -> Html:
     cells = [name_cell(name), *([name_cell(site or "")] if sited else []),
-             element("td", f"{group.bins[0].sum():,}", class_="figure"), element("td", far, class_="figure muted")]
+             element("td", f"{group.bins.sum(axis=1).max():,}", class_="figure"),
+             element("td", far, class_="figure muted")]
     for (measure, edges), bins in zip(MEASURES.items(), group.bins, strict=True):
         middle = median(bins, edges)
         marks = []
@@ -622,7 +627,7 @@ def gradient() -> Html:
 
 def plain(value: Any) -> str:
     """A setting on one line."""
-    if value is None or value == "" or value == []:
+    if value is None or value in ("", [], {}):
         return "—"
     if isinstance(value, bool):
         return "yes" if value else "no"
@@ -712,15 +717,15 @@ td.muted { color: var(--muted); }
   border: 1px solid var(--rule); }
 .defs { position: absolute; width: 0; height: 0; }
 .multiples { width: 100%; } .multiples td { vertical-align: middle; padding-top: .3rem; padding-bottom: .3rem; }
-.multiples .name { min-width: 4.5rem; max-width: 10rem; font-size: .86rem; line-height: 1.3; }
+.multiples .name { max-width: 12rem; font-size: .86rem; line-height: 1.3; }
 .multiples tbody tr:first-child td { border-bottom-width: 2px; }
-.multiples td:nth-last-child(n+4), .multiples th:nth-last-child(n+4) { width: 1%; }
-.measure { width: 24%; min-width: 12rem; font-size: .82rem; } .measure b { color: var(--ink); font-weight: 600; }
+.multiples .name:first-child { width: 12rem; min-width: 9.5rem; } .multiples .figure { width: 1%; }
+.measure { width: 22%; min-width: 11rem; font-size: .82rem; } .measure b { color: var(--ink); font-weight: 600; }
 .axis { display: block; position: relative; height: 1.25rem; margin-right: 2.9rem; font-weight: 400; }
 .axis span { position: absolute; transform: translateX(-50%); font-size: .74rem; }
 .axis span:first-child { transform: none; }
 .drawing { display: flex; align-items: center; gap: .5rem; }
-.drawing svg { flex: 1; min-width: 0; height: 2.5rem; display: block; border-bottom: 1px solid var(--ghost); }
+.drawing svg { flex: 1; width: 0; min-width: 0; height: 2.5rem; display: block; border-bottom: 1px solid var(--ghost); }
 .drawing span { width: 2.4rem; font-size: .8rem; color: var(--muted); text-align: right; }
 .ghost { fill: var(--ghost); }
 .bins { fill-opacity: .62; stroke-width: 1.2; vector-effect: non-scaling-stroke; stroke-linejoin: round; }

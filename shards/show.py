@@ -88,9 +88,11 @@ def _mark(draw: ImageDraw.ImageDraw, x: float, y: float, side: float, ink: Colou
     if side < OUTLINED:
         return draw.rectangle((left, top, right, bottom), fill=ink)
     # A kept tile stays clear, to be looked at. A rejected one is tinted and struck through: not by colour alone.
-    draw.rectangle((left, top, right, bottom), outline=ink, fill=(*ink, 70) if crossed else None,
-                   width=2 if side >= 2 * OUTLINED else 1)
-    return draw.line((left, bottom, right, top), fill=ink) if crossed else None
+    wide = 2 if side >= 2 * OUTLINED else 1
+    draw.rectangle((left, top, right, bottom), outline=ink, fill=(*ink, 70) if crossed else None, width=wide)
+    if crossed and wide > 1:        # light beneath: red on blood, or brown on pigment, would not be seen
+        draw.line((left + 5, bottom - 5, right - 5, top + 5), fill=PAPER, width=2 * wide + 1)
+    return draw.line((left, bottom, right, top), fill=ink, width=wide) if crossed else None
 
 
 def _with_legend(image: Image.Image, entries: list[tuple[str, int, Colour]], dots: bool) -> Image.Image:

@@ -158,7 +158,7 @@ def _table(path: Path, columns: dict[str, str]) -> dict[str, dict[str, str]]:
         return {}
     try:
         with path.open(newline="", encoding="utf-8-sig") as handle:      # spreadsheets put a mark before the first word
-            rows = list(csv.DictReader(handle))
+            rows = list(csv.DictReader(handle, skipinitialspace=True))
     except (UnicodeDecodeError, csv.Error) as error:
         raise ShardError(f"{path} is not a table in UTF-8 ({error}); export it again as CSV UTF-8") from None
     if not rows:

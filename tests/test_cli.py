@@ -133,7 +133,7 @@ def test_recipes_are_found_by_path_and_by_name(tmp_path: Path) -> None:
         Path.cwd()) or config.recipe("pretrain/simclr").samefile(config.recipe("configs/pretrain/simclr.yaml"))
     listed = ssl_dist("recipes", cwd=tmp_path)
     assert listed.returncode == 0
-    for path in (ROOT / "configs").rglob("*.yaml"):
+    for path in set((ROOT / "configs").rglob("*.yaml")) - set((ROOT / "configs" / "datasets").glob("*.yaml")):
         name = path.relative_to(ROOT / "configs").with_suffix("").as_posix()
         assert f"{name} " in listed.stdout and path.read_text().split("\n")[0].lstrip("# ") in listed.stdout
 

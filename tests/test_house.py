@@ -48,8 +48,8 @@ NOBODY_IMPORTS = {"ssl_dist.train": ["ssl_dist.cli"], "ssl_dist.cli": ["ssl_dist
 DOORS = {
     "openslide": "shards/slide.py", "nvidia": "ssl_dist/data/dali.py", "cv2": "ssl_dist/data/opencv.py",
     "timm": "ssl_dist/models/encoder.py", "deepspeed": "ssl_dist/engine.py", "submitit": "launch/slurm.py",
-    "tifffile": "shards/tiff.py", "simplejpeg": "shards/jpeg.py", "h5py": "shards/arrays.py", "typer": "ssl_dist/cli.py", "omegaconf": "ssl_dist/schema.py",
-    "jinja2": "ssl_dist/report/page.py",
+    "tifffile": "shards/tiff.py", "simplejpeg": "shards/jpeg.py", "h5py": "shards/arrays.py",
+    "typer": "ssl_dist/cli.py", "omegaconf": "ssl_dist/schema.py", "jinja2": "ssl_dist/report/page.py",
 }
 NEVER_TORCH = ("shards", "launch", "ssl_dist/report", "ssl_dist/schema.py", "ssl_dist/config.py", "ssl_dist/cli.py")
 

@@ -202,6 +202,17 @@ def test_what_lies_apart_comes_first_and_slides_of_few_tiles_say_nothing(tmp_pat
     assert "10 of 11 slides; 1 of fewer than 10 tiles say too little." in page.text
 
 
+def test_what_could_not_be_measured_is_not_taken_for_the_lowest(tmp_path: Path) -> None:
+    shard = make(tmp_path / "a", TAME)
+    lines = [json.loads(line) for line in (shard / "slides.jsonl").read_text().splitlines()]
+    lines[3]["focus"] = [0] * 24
+    (shard / "slides.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    page = Page(gallery.write(shard))
+    row = next(row for row in page.table("by-slide") if row["slide"] == "name3")
+    assert row["tiles"] == "12" and float(row["apart"]) < 1
+    assert "focus of name3, median —" in [said.get("aria-label") for _, said in page.elements]
+
+
 def test_tables_count_what_is_in_the_folder(tmp_path: Path) -> None:
     shard = make(tmp_path / "a", TAME)
     table, page = index.samples(shard).to_pylist(), Page(gallery.write(shard))
@@ -264,9 +275,15 @@ def test_the_same_folder_gives_the_same_page(tmp_path: Path) -> None:
 def test_a_thousand_slides_make_a_page_that_a_browser_can_draw_and_says_what_it_leaves_out(tmp_path: Path) -> None:
     names = [f"slide{number:04d}" for number in range(1000)]
     shard = make(tmp_path / "a", names)
+    lines = [json.loads(line) for line in (shard / "slides.jsonl").read_text().splitlines()]
+    lines[777]["density"] = [*[0] * 23, lines[777]["kept"]]
+    lines[555]["rejected"]["pen"] = 100
+    (shard / "slides.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     page = Page(gallery.write(shard))
     assert (shard / "show.html").stat().st_size < 1_000_000
     assert len(page.table("by-slide")) == 1 + gallery.ROWS and "48 of 1,000 slides, those furthest" in page.text
+    assert page.table("by-slide")[1]["slide"] == "slide0777"
+    assert page.table("slides")[0]["slide"] == "slide0555"
     assert len(page.table("slides")) == gallery.SLIDES and "500 of 1,000 slides" in page.text
     assert sum(tag == "img" for tag, _ in page.elements) == gallery.OVERLAYS + 1
     assert "200 of 999 pictures" in page.text

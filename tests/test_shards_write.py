@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import hashlib
+import itertools
 import json
 import os
 import random
@@ -136,8 +137,10 @@ def test_jobs_killed_at_ten_random_moments_end_with_the_bytes_of_one_that_was_no
         whole = time.monotonic() - start
     assert digests(mine.out) == digests(shard)
     kills, random_of = 0, random.Random()
-    while kills < 10:
-        mine = replace(mine, out=tmp_path / str(kills), workers=random_of.choice([1, 2, 3]))
+    for attempt in itertools.count():
+        if kills >= 10:
+            break
+        mine = replace(mine, out=tmp_path / str(attempt), workers=random_of.choice([1, 2, 3]))
         kills += killed(mine, random_of.uniform(0, whole))
         if not (mine.out / "index.json").exists():
             with pytest.raises(index.ShardError, match="has not finished"):
