@@ -90,10 +90,12 @@ def pen(red: np.ndarray, green: np.ndarray, blue: np.ndarray, mean: np.ndarray) 
 
     Blue and green ink take more red; black ink, or a frame that a scanner drew, takes all three alike.
     """
-    coloured = (red > 1.3 * green) & (mean > INKED)
-    black = (mean > 1.0) & (np.maximum(red, np.maximum(green, blue)) - np.minimum(red, np.minimum(green, blue))
-                            < 0.2 * mean)
-    return coloured | black
+    ink = (red > 1.3 * green) & (mean > INKED)
+    black = mean > 1.0
+    if black.any():
+        spread = np.maximum(red, np.maximum(green, blue)) - np.minimum(red, np.minimum(green, blue))
+        ink |= black & (spread < 0.2 * mean)
+    return ink
 
 
 def blood(red: np.ndarray, green: np.ndarray, blue: np.ndarray) -> np.ndarray:

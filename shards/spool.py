@@ -68,7 +68,7 @@ class Writer:
         source = tile.source
         who = (source.slide, source.patient, source.site, source.split, source.path.name)
         self.rows.append((order, tile.key.encode(), 0, len(tile.image), len(about), zlib.crc32(tile.image), tile.x,
-                          tile.y, tile.mpp, self.whos(who), self.labels(tile.label), self.encodings(tile.encoding),
+                          tile.y, round(tile.mpp, 6), self.whos(who), self.labels(tile.label), self.encodings(tile.encoding),
                           tile.digest))
         self.images.append(tile.image + about)
         self._slide(tile.source)["looks"].append(tile.looks)

@@ -1,5 +1,6 @@
 """The JPEG tiles of a slide as they lie in its file, and pyramids of our own. The only tifffile."""
 
+import contextlib
 import math
 import os
 from functools import partial
@@ -17,6 +18,7 @@ class Level:
     """One level of a slide whose tiles are JPEGs: square, side by side, each a file of its own but for its tables."""
 
     def __init__(self, path: Path, page: tifffile.TiffPage):
+        self.width, self.height = page.imagewidth, page.imagelength
         self.side, self.columns = page.tilewidth, -(-page.imagewidth // page.tilewidth)
         self.rgb = page.photometric == tifffile.PHOTOMETRIC.RGB
         self.tables = page.jpegtables or b""
@@ -26,6 +28,23 @@ class Level:
     def close(self) -> None:
         """Frees the file."""
         self._file.close()
+
+    def largest(self) -> tuple[int, int]:
+        """Column and row of the tile with the most bytes."""
+        row, column = divmod(int(np.argmax(self._sizes)), self.columns)
+        return column, row
+
+    def mosaic(self, factor: int) -> np.ndarray:
+        """The whole level at 1/factor of its size (1, 2, 4, 8); what cannot be read is white, as what is outside."""
+        step = -(-self.side // factor)
+        rows = -(-self.height // self.side)
+        whole = np.full((rows * step, self.columns * step, 3), 255, np.uint8)
+        for row in range(rows):
+            for column in range(self.columns):
+                with contextlib.suppress(JpegError):
+                    whole[row * step:(row + 1) * step, column * step:(column + 1) * step] = jpeg.decode(
+                        self.tile(column, row), factor)
+        return whole[:-(-self.height // factor), :-(-self.width // factor)]
 
     def tile(self, column: int, row: int) -> bytes:
         """One tile as a JPEG file; raises JpegError where the slide has none there, or not one that stands alone."""

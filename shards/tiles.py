@@ -21,8 +21,6 @@ from shards.tiff import Level
 
 # Pixels judged at once: 64 tiles of 256 squared, a dozen megabytes.
 BATCH = 64 * 256 * 256
-# Grey levels by which a slide's own tile may differ, on average, from what OpenSlide shows: rounding, no more.
-AGREE = 2.0
 SOURCE = "source"       # the encoding of bytes that we did not make
 
 
@@ -93,15 +91,11 @@ def of_slide(source: Source, slide: Slide | Picture, found: np.ndarray, settings
             continue
         cut = Cut(source, slide, settings, mpp, side, drawn, None)
         native = slide.native(mpp) if settings.passthrough else None
-        try:
-            if native is not None and native.side == settings.size and isinstance(slide, Slide):
-                # What the scanner calls 0.5 may be 0.499: its own grid and its own resolution are taken.
-                own = slide.level(mpp)[1]
-                cut = cut._replace(native=native, mpp=slide.mpp * own, side=settings.size * own)
-            yield from _tiles(cut, found)
-        finally:
-            if native is not None:
-                native.close()
+        if native is not None and native.side == settings.size and isinstance(slide, Slide):
+            # What the scanner calls 0.5 may be 0.499: its own grid and its own resolution are taken.
+            own = slide.level(mpp)[1]
+            cut = cut._replace(native=native, mpp=slide.mpp * own, side=settings.size * own)
+        yield from _tiles(cut, found)
 
 
 def _tiles(cut: Cut, found: np.ndarray) -> Iterator[Tile | Rejected]:
@@ -118,8 +112,6 @@ def _tiles(cut: Cut, found: np.ndarray) -> Iterator[Tile | Rejected]:
             yield cut.rejected("outside annotations", x, y)
         gone = set(outside)
         corners = [corner for corner in corners if corner not in gone]
-    if cut.native is not None and not _agrees(cut, corners):
-        cut = cut._replace(native=None)     # OpenSlide is the judge of what a slide shows
     if settings.max_tiles:
         corners.sort(key=lambda corner: order(settings, cut.key(*corner)))
     step, accepted = max(1, BATCH // settings.size ** 2), 0
@@ -146,7 +138,7 @@ def _judged(cut: Cut, corners: list[tuple[int, int]]) -> Iterator[Tile | Rejecte
             continue
         try:
             own = cut.native.tile(round(x / cut.side), round(y / cut.side))
-            small.append(jpeg.eighth(own))
+            small.append(jpeg.decode(own, judge.SCALE))
         except JpegError as error:
             yield cut.rejected("unreadable", x, y, str(error))
             continue
@@ -164,21 +156,6 @@ def _judged(cut: Cut, corners: list[tuple[int, int]]) -> Iterator[Tile | Rejecte
         image, encoding, digest = _encoded(content, settings)
         yield Tile(cut.key(x, y), cut.source, x, y, cut.mpp, size, label, image, encoding, digest,
                    (float(looks.focus[number]), float(looks.density[number]), float(looks.hue[number])), cut.side)
-
-
-def _agrees(cut: Cut, corners: list[tuple[int, int]]) -> bool:
-    """Whether a slide's own tiles show what OpenSlide shows: asked of three of them."""
-    if cut.native is None or not corners:
-        return False
-    for x, y in corners[len(corners) // 4::max(1, len(corners) // 4)][:3]:
-        try:
-            own = jpeg.decode(cut.native.tile(round(x / cut.side), round(y / cut.side)))
-        except JpegError:
-            continue            # this one tile is bad: it is said when its turn comes
-        shown = cut.slide.region(x, y, (cut.settings.size, cut.settings.size), cut.mpp)
-        if np.abs(own.astype(np.int16) - shown).mean() > AGREE:
-            return False
-    return True
 
 
 def order(settings: Settings, name: str) -> int:
@@ -199,7 +176,7 @@ def of_file(source: Source, settings: Settings) -> Tile | Rejected:
             # Decoded, at an eighth at least: what cannot be decoded must not reach a tar.
             shown: bytes | np.ndarray = content if untouched else pixels(image)
             size = image.size if untouched else (shown.shape[1], shown.shape[0])    # type: ignore[union-attr]
-        small = jpeg.eighth(content) if isinstance(shown, bytes) else judge.reduced(shown)
+        small = jpeg.decode(content, judge.SCALE) if isinstance(shown, bytes) else judge.reduced(shown)
         encoded, encoding, digest = _encoded(shown, settings)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         return Rejected(source, "unreadable", _without_path(error, source))

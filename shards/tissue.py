@@ -12,6 +12,7 @@ FAINT, DENSE = 0.015, 0.03
 # Fat cells are empty holes of 50-100 microns: bridging so much makes fat one piece of tissue. What is then still
 # narrower than a few cells is dust.
 BRIDGE, DUST = 100.0, 40.0
+STRIP = 64      # rows of a thumbnail at a time
 
 
 def otsu(values: np.ndarray, low: float, high: float) -> float:
@@ -38,8 +39,11 @@ def glass(density: np.ndarray) -> float:
 
 def mask(thumbnail: np.ndarray, mpp: float = MASK_MPP) -> np.ndarray:
     """True where there is tissue, at the thumbnail's resolution. Ink of a marker and black frames are none."""
-    red, green, blue, density = judge.densities(thumbnail)
-    ink = judge.pen(red, green, blue, density)
+    density, ink = np.empty(thumbnail.shape[:2], np.float32), np.empty(thumbnail.shape[:2], bool)
+    for top in range(0, len(thumbnail), STRIP):     # what fits into a cache takes a third of the time
+        rows = slice(top, top + STRIP)
+        red, green, blue, density[rows] = judge.densities(thumbnail[rows])
+        ink[rows] = judge.pen(red, green, blue, density[rows])
     if ink.all():
         return ~ink
     empty = glass(density)
@@ -52,12 +56,14 @@ def mask(thumbnail: np.ndarray, mpp: float = MASK_MPP) -> np.ndarray:
 
 
 def _grown(region: np.ndarray, reach: int) -> np.ndarray:
-    """True within `reach` pixels (a square) of what is True; by running sums, so the reach costs nothing."""
+    """True within `reach` pixels (a square) of what is True; a wider reach costs little."""
     for axis in (0, 1):
-        total = np.cumsum(np.pad(region, [(reach + 1, reach) if axis == each else (0, 0) for each in (0, 1)]),
-                          axis=axis, dtype=np.int32)
-        ahead, behind = np.split(total, [2 * reach + 1], axis=axis)[1], total.take(range(region.shape[axis]), axis)
-        region = ahead > behind
+        region = np.moveaxis(np.pad(region, [(reach, reach) if axis == each else (0, 0) for each in (0, 1)]), axis, 0)
+        seen = 1                # so many neighbours each pixel knows of; every step doubles it
+        while seen < 2 * reach + 1:
+            step = min(seen, 2 * reach + 1 - seen)
+            region, seen = region[:-step] | region[step:], seen + step
+        region = np.moveaxis(region, 0, axis)
     return region
 
 
