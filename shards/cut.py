@@ -21,12 +21,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from PIL import Image
 
 from shards import annotation, folder, show, spool, tiles, tissue
 from shards.folder import StorageError
 from shards.index import ShardError
 from shards.settings import CUT, Settings
-from shards.slide import Picture, Slide
+from shards.slide import ASSUMED_MPP, Picture, Slide
 from shards.sources import Source, key
 from shards.tiles import Rejected, Tile
 
@@ -86,7 +87,7 @@ def all_units(units: list[list[Source]], settings: Settings, work: Path, progres
                     skipped[unit][at] = str(error)
                     waiting.append(unit)
                 source = units[unit][at]
-                failed.append(Rejected(source, "failed", str(error).replace(str(source.path), source.path.name)))
+                failed.append(Rejected(source, "failed", str(error).replace(str(source.path), source.filename)))
                 if len(failed) > settings.max_failed:
                     raise ShardError(f"{error} [{len(failed)} failed, max_failed={settings.max_failed}]")
                 progress(what, len(mine) - len(waiting) - len(running), len(mine))
@@ -237,7 +238,7 @@ def _files(unit: list[Source], number: int, settings: Settings, work: Path,
     with spool.path(work, number, "at").open("w") as at:
         for place, source in enumerate(unit):
             if place in skip:
-                yield Rejected(source, "failed", skip[place].replace(str(source.path), source.path.name))
+                yield Rejected(source, "failed", skip[place].replace(str(source.path), source.filename))
                 continue
             at.seek(0)          # where we are, for whoever finds us dead
             at.write(f"{place:6}")
@@ -247,10 +248,12 @@ def _files(unit: list[Source], number: int, settings: Settings, work: Path,
 
 def _slide(source: Source, writer: spool.Writer, settings: Settings) -> float:
     """Cuts one slide or region and draws what was cut; returns its microns per pixel."""
+    out = spool.path(writer.work, writer.number, "png")
     kept: list[tuple[int, int, float]] = []
     rejected: list[tuple[int, int, float, str]] = []
     with _opened(source, settings) as slide:
-        found = tissue.mask(slide.thumbnail(tissue.MASK_MPP))
+        small = slide.thumbnail(tissue.MASK_MPP)
+        found = tissue.mask(small)
         drawn = None
         if settings.labels == "annotations" or settings.inside:
             drawn = annotation.Annotation.read(annotation.find(source.path, settings.annotations),
@@ -261,10 +264,14 @@ def _slide(source: Source, writer: spool.Writer, settings: Settings) -> float:
                 kept.append((item.x, item.y, item.side))
             elif item.x is not None and item.y is not None:
                 rejected.append((item.x, item.y, item.side, item.reason))
-        mpp = slide.mpp if np.isfinite(slide.mpp) else 0.5
-        width = max(slide.width * mpp / show.OVERLAY_WIDTH, mpp)
-        show.overlay(slide.thumbnail(width), mpp / width, found, kept, rejected,
-                     spool.path(writer.work, writer.number, "png"))
+        mpp = slide.mpp if np.isfinite(slide.mpp) else ASSUMED_MPP
+        wanted = max(slide.width * mpp / show.OVERLAY_WIDTH, mpp)
+        if wanted >= tissue.MASK_MPP:       # a large slide: what the mask was made from will do
+            scale = small.shape[1] / slide.width
+            picture = Image.fromarray(small).reduce(max(1, int(small.shape[1] / show.OVERLAY_WIDTH)))
+            show.overlay(np.asarray(picture), scale * picture.width / small.shape[1], found, kept, rejected, out)
+        else:
+            show.overlay(slide.thumbnail(wanted), mpp / wanted, found, kept, rejected, out)
         return slide.mpp
 
 

@@ -30,7 +30,7 @@ def decode(content: bytes, factor: int = 1) -> np.ndarray:
     try:
         if factor == 1:
             return simplejpeg.decode_jpeg(content, "RGB", fastdct=False)
-        height, width, *_ = simplejpeg.decode_jpeg_header(content)
+        height, width = (1, 1) if factor == 8 else simplejpeg.decode_jpeg_header(content)[:2]
         return simplejpeg.decode_jpeg(content, "RGB", fastdct=False, min_height=-(-height // factor),
                                       min_width=-(-width // factor), min_factor=factor)
     except ValueError as error:

@@ -54,14 +54,20 @@ class Looks:
 
 def look(small_NHWC: np.ndarray) -> Looks:
     """Looks of tiles that were reduced to an eighth."""
-    red, green, blue, mean = densities(small_NHWC)
-    grey = small_NHWC.sum(axis=-1, dtype=np.float32) / 3
-    contrast = grey.std(axis=(1, 2))
-    focus = _rough(grey) / np.maximum(_rough(_halved(grey)), 0.5) if min(grey.shape[1:]) >= SHARP_SIDE else np.full(
-        len(grey), np.nan)
+    planes_CNHW = np.ascontiguousarray(np.moveaxis(small_NHWC, -1, 0))
+    red, green, blue = DENSITY.take(planes_CNHW)
+    mean = (red + green + blue) / 3
+    grey = planes_CNHW[0].astype(np.float32)
+    grey += planes_CNHW[1]
+    grey += planes_CNHW[2]
+    grey /= 3
+    sharp = min(grey.shape[1:]) >= SHARP_SIDE
+    focus = _rough(grey) / np.maximum(_rough(_halved(grey)), 0.5) if sharp else np.full(len(grey), np.nan)
+    pixels = grey[0].size
     stain = np.maximum(mean.mean(axis=(1, 2)), 1e-6)
-    return Looks(contrast, focus, pen(red, green, blue, mean).mean(axis=(1, 2)),
-                 blood(red, green, blue).mean(axis=(1, 2)), stain, (red - blue).mean(axis=(1, 2)) / (3 * stain))
+    return Looks(grey.std(axis=(1, 2)), focus, np.count_nonzero(pen(red, green, blue, mean), axis=(1, 2)) / pixels,
+                 np.count_nonzero(blood(red, green, blue), axis=(1, 2)) / pixels, stain,
+                 (red - blue).mean(axis=(1, 2)) / (3 * stain))
 
 
 def densities(rgb: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:

@@ -51,6 +51,7 @@ class Slide:
             raise SlideError(f"{path} cannot be opened as a slide ({reason}): it is damaged or no slide; "
                              "move it out of the source folder, or allow for it with max_failed=1") from None
         self._levels: dict[int, tiff.Level | None] = {}
+        self._downsamples = self._handle.level_downsamples
         self.width, self.height = self._handle.dimensions
         self.vendor = self._handle.properties.get(openslide.PROPERTY_NAME_VENDOR, "unknown")
         self.mpp = mpp if mpp is not None else self._header_mpp(power, missing_mpp)
@@ -99,8 +100,9 @@ class Slide:
     def level(self, mpp: float) -> tuple[int, float]:
         """The level to read for `mpp`, the next finer one, and its pixels' width in level-0 pixels."""
         # Sharper than asked is averaged down, coarser than asked could only be invented.
-        number = self._handle.get_best_level_for_downsample(mpp / self.mpp * SLACK)
-        return number, self._handle.level_downsamples[number]
+        fitting = [number for number, wide in enumerate(self._downsamples) if wide <= mpp / self.mpp * SLACK]
+        number = max(fitting, key=self._downsamples.__getitem__, default=0)
+        return number, self._downsamples[number]
 
     def native(self, mpp: float) -> tiff.Level | None:
         """The level of `mpp` if its JPEG tiles may be taken as they lie in the file."""
@@ -120,13 +122,13 @@ class Slide:
     def _agrees(self, number: int, found: tiff.Level) -> bool:
         """Asked of the tile that has most to show, as its size in the file tells."""
         column, row = found.largest()
-        scale = self._handle.level_downsamples[number]
+        scale = self._downsamples[number]
         corner = round(column * found.side * scale), round(row * found.side * scale)
         try:
             own = jpeg.decode(found.tile(column, row))
         except JpegError:
             return False
-        shown = self.region(*corner, (found.side, found.side), self.mpp * scale).astype(np.int16)
+        shown = self._read(*corner, number, (found.side, found.side)).astype(np.int16)
         width, height = (min(found.side, side - place * found.side) for side, place in
                          zip(self._handle.level_dimensions[number], (column, row), strict=True))
         return bool(np.abs(own[:height, :width] - shown[:height, :width]).mean() <= AGREE)
@@ -134,18 +136,26 @@ class Slide:
     def region(self, x: int, y: int, size: tuple[int, int], mpp: float) -> np.ndarray:
         """`size` pixels (width, height) at `mpp`, top left at level-0 (x, y), as RGB. Outside the slide it is white."""
         level, downsample = self.level(mpp)
-        width, height = (max(1, round(side * mpp / self.mpp / downsample)) for side in size)
+        scale = mpp / self.mpp / downsample
+        cut = max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
+        if (own := self._native(level)) is not None:        # a third of the time of asking OpenSlide
+            pixels = own.region(round(x / downsample), round(y / downsample), *cut)
+        else:
+            pixels = self._read(x, y, level, cut)
+        if cut != size:     # Pillow's bilinear averages when it shrinks
+            pixels = np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BILINEAR))
+        return pixels
+
+    def _read(self, x: int, y: int, level: int, size: tuple[int, int]) -> np.ndarray:
+        """OpenSlide's own pixels of a level."""
         try:
-            rgba = self._handle.read_region((x, y), level, (width, height))
+            rgba = self._handle.read_region((x, y), level, size)
         except openslide.OpenSlideError as error:
             raise SlideError(f"{self.path} is damaged near ({x}, {y}): {error}") from None
         if rgba.getchannel("A").getextrema()[0] == 255:     # opaque, as tissue is
-            flat = rgba.convert("RGB")
-        else:
-            flat = Image.new("RGB", rgba.size, (255, 255, 255))
-            flat.paste(rgba, mask=rgba.getchannel("A"))
-        if flat.size != size:
-            flat = flat.resize(size, Image.Resampling.BILINEAR)     # Pillow's bilinear averages when it shrinks
+            return np.asarray(rgba.convert("RGB"))
+        flat = Image.new("RGB", rgba.size, (255, 255, 255))
+        flat.paste(rgba, mask=rgba.getchannel("A"))
         return np.asarray(flat)
 
     def thumbnail(self, mpp: float) -> np.ndarray:
@@ -155,7 +165,10 @@ class Slide:
         number, downsample = self.level(mpp)
         if (own := self._native(number)) is not None:       # a tenth of the time of asking OpenSlide
             factor = next(factor for factor in (8, 4, 2, 1) if factor * downsample <= scale * SLACK or factor == 1)
-            return np.asarray(Image.fromarray(own.mosaic(factor)).resize((width, height), Image.Resampling.BILINEAR))
+            whole = own.mosaic(factor)
+            if whole.shape[:2] != (height, width):
+                whole = np.asarray(Image.fromarray(whole).resize((width, height), Image.Resampling.BILINEAR))
+            return whole
         step = max(1, int(BLOCK * self.level(mpp)[1] / scale))
         if max(width, height) <= step:
             return self.region(0, 0, (width, height), mpp)

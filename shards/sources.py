@@ -46,6 +46,11 @@ class Source:
         """Where it lies."""
         return Path(self.file)
 
+    @property
+    def filename(self) -> str:
+        """The last part of its path."""
+        return self.file.rpartition("/")[2]
+
 
 def sources(settings: Settings) -> list[Source]:
     """Every slide, image or array below the source folder, in the order of its path.

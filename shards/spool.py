@@ -66,10 +66,10 @@ class Writer:
     def add(self, tile: Tile, order: int, about: bytes) -> None:
         """One accepted tile, and the JSON that goes with it."""
         source = tile.source
-        who = (source.slide, source.patient, source.site, source.split, source.path.name)
+        who = (source.slide, source.patient, source.site, source.split, source.filename)
         self.rows.append((order, tile.key.encode(), 0, len(tile.image), len(about), zlib.crc32(tile.image), tile.x,
-                          tile.y, round(tile.mpp, 6), self.whos(who), self.labels(tile.label), self.encodings(tile.encoding),
-                          tile.digest))
+                          tile.y, round(tile.mpp, 6), self.whos(who), self.labels(tile.label),
+                          self.encodings(tile.encoding), tile.digest))
         self.images.append(tile.image + about)
         self._slide(tile.source)["looks"].append(tile.looks)
         self.held += len(tile.image) + len(about)
@@ -83,7 +83,7 @@ class Writer:
         counts[item.reason] = counts.get(item.reason, 0) + 1
 
     def _slide(self, source: Any) -> dict[str, Any]:
-        who = (source.slide, source.patient, source.site, source.split, source.path.name)
+        who = (source.slide, source.patient, source.site, source.split, source.filename)
         return self.slides.setdefault(who, {"rejected": {}, "looks": []})
 
     def _flush(self) -> None:
@@ -136,7 +136,7 @@ def lines(rejected: Iterable[Rejected]) -> str:
     heads: dict[tuple[str, str], str] = {}
     written = []
     for item in rejected:       # written by hand where it repeats: a slide has tens of thousands of empty tiles
-        who = (item.source.slide, item.source.path.name)
+        who = (item.source.slide, item.source.filename)
         if who not in heads:
             heads[who] = f'{{"slide": {json.dumps(who[0])}, "file": {json.dumps(who[1])}, '
         mpp = "null" if item.mpp is None or np.isnan(item.mpp) else f"{item.mpp:.6g}"

@@ -1,5 +1,6 @@
 """The JPEG tiles of a slide as they lie in its file, and pyramids of our own. The only tifffile."""
 
+import collections
 import contextlib
 import math
 import os
@@ -13,6 +14,8 @@ from PIL import Image
 from shards import jpeg
 from shards.jpeg import JpegError
 
+CACHE = 64 << 20        # bytes of decoded tiles: some rows of a slide
+
 
 class Level:
     """One level of a slide whose tiles are JPEGs: square, side by side, each a file of its own but for its tables."""
@@ -24,6 +27,7 @@ class Level:
         self.tables = page.jpegtables or b""
         self._offsets, self._sizes = page.dataoffsets, page.databytecounts
         self._file = path.open("rb")
+        self._decoded: collections.OrderedDict[tuple[int, int], np.ndarray] = collections.OrderedDict()
 
     def close(self) -> None:
         """Frees the file."""
@@ -45,6 +49,31 @@ class Level:
                     whole[row * step:(row + 1) * step, column * step:(column + 1) * step] = jpeg.decode(
                         self.tile(column, row), factor)
         return whole[:-(-self.height // factor), :-(-self.width // factor)]
+
+    def region(self, x: int, y: int, width: int, height: int) -> np.ndarray:
+        """Pixels of the level, RGB; what lies outside, and what was not scanned, is white."""
+        whole = np.full((height, width, 3), 255, np.uint8)
+        side = self.side
+        for row in range(max(y, 0) // side, -(-min(y + height, self.height) // side)):
+            for column in range(max(x, 0) // side, -(-min(x + width, self.width) // side)):
+                if not self._sizes[row * self.columns + column]:
+                    continue
+                left, top = column * side, row * side
+                right, bottom = min(left + side, x + width, self.width), min(top + side, y + height, self.height)
+                first, upper = max(left, x), max(top, y)
+                whole[upper - y:bottom - y, first - x:right - x] = self._pixels(column, row)[
+                    upper - top:bottom - top, first - left:right - left]
+        return whole
+
+    def _pixels(self, column: int, row: int) -> np.ndarray:
+        """One tile decoded, and kept: its neighbours in a grid that is not the file's ask for it again."""
+        if (found := self._decoded.get((column, row))) is None:
+            found = self._decoded[column, row] = jpeg.decode(self.tile(column, row))
+            if len(self._decoded) > max(4, CACHE // found.nbytes):
+                self._decoded.popitem(last=False)
+        else:
+            self._decoded.move_to_end((column, row))
+        return found
 
     def tile(self, column: int, row: int) -> bytes:
         """One tile as a JPEG file; raises JpegError where the slide has none there, or not one that stands alone."""

@@ -24,8 +24,7 @@ BATCH = 64 * 256 * 256
 SOURCE = "source"       # the encoding of bytes that we did not make
 
 
-@dataclass(frozen=True)
-class Tile:
+class Tile(NamedTuple):
     """One accepted tile: x, y in level-0 pixels, size in pixels, mpp in microns per pixel (NaN: unknown)."""
 
     key: str
@@ -131,18 +130,17 @@ def _judged(cut: Cut, corners: list[tuple[int, int]]) -> Iterator[Tile | Rejecte
     read: list[tuple[int, int, bytes | np.ndarray]] = []
     small: list[np.ndarray] = []
     for x, y in corners:
-        if cut.native is None:
-            pixels = cut.slide.region(x, y, size, cut.mpp)
-            small.append(judge.reduced(pixels))
-            read.append((x, y, pixels))
-            continue
         try:
-            own = cut.native.tile(round(x / cut.side), round(y / cut.side))
-            small.append(jpeg.decode(own, judge.SCALE))
+            if cut.native is None:
+                content: bytes | np.ndarray = cut.slide.region(x, y, size, cut.mpp)
+                small.append(judge.reduced(content))        # type: ignore[arg-type]
+            else:
+                content = cut.native.tile(round(x / cut.side), round(y / cut.side))
+                small.append(jpeg.decode(content, judge.SCALE))
         except JpegError as error:
             yield cut.rejected("unreadable", x, y, str(error))
             continue
-        read.append((x, y, own))
+        read.append((x, y, content))
     if not read:
         return
     looks = judge.look(np.stack(small))
@@ -244,4 +242,4 @@ def _look(small: np.ndarray) -> tuple[float, float, float]:
 
 
 def _without_path(error: Exception, source: Source) -> str:
-    return str(error).replace(str(source.path), source.path.name)
+    return str(error).replace(str(source.path), source.filename)

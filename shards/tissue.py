@@ -13,6 +13,7 @@ FAINT, DENSE = 0.015, 0.03
 # narrower than a few cells is dust.
 BRIDGE, DUST = 100.0, 40.0
 STRIP = 64      # rows of a thumbnail at a time
+THIN = 2        # for thresholds, a pixel of four tells as much
 
 
 def otsu(values: np.ndarray, low: float, high: float) -> float:
@@ -33,8 +34,9 @@ def glass(density: np.ndarray) -> float:
     Pure white is what was not scanned, and counts as glass only where nothing else looks like it: where no pale shade
     (two thousandths of density wide) covers a twentieth of the slide.
     """
-    counts, edges = np.histogram(density[density > 0], bins=60, range=(0.0, 0.12))
-    return float(edges[counts.argmax()]) if counts.max() > 0.05 * density.size else 0.0
+    seen = density[::THIN, ::THIN]
+    counts, edges = np.histogram(seen[seen > 0], bins=60, range=(0.0, 0.12))
+    return float(edges[counts.argmax()]) if counts.max() > 0.05 * seen.size else 0.0
 
 
 def mask(thumbnail: np.ndarray, mpp: float = MASK_MPP) -> np.ndarray:
@@ -44,10 +46,10 @@ def mask(thumbnail: np.ndarray, mpp: float = MASK_MPP) -> np.ndarray:
         rows = slice(top, top + STRIP)
         red, green, blue, density[rows] = judge.densities(thumbnail[rows])
         ink[rows] = judge.pen(red, green, blue, density[rows])
-    if ink.all():
-        return ~ink
+    if ink[::THIN, ::THIN].all():
+        return np.zeros_like(ink)
     empty = glass(density)
-    found = (density > otsu(density[~ink], empty + FAINT, empty + DENSE)) & ~ink
+    found = (density > otsu(density[::THIN, ::THIN][~ink[::THIN, ::THIN]], empty + FAINT, empty + DENSE)) & ~ink
     bridge, dust = (max(1, round(width / 2 / mpp)) for width in (BRIDGE, DUST))
     margin = bridge + dust
     closed = ~_grown(~_grown(np.pad(found, margin), bridge), bridge)
@@ -76,14 +78,18 @@ def corners(tissue: np.ndarray, slide: tuple[int, int], side: float) -> tuple[np
     # A billionth of slack: a product of floats may come out as 220.00000000000003, which should go ten times into 2200.
     columns, rows = int(width / side + 1e-9), int(height / side + 1e-9)
     grid = np.stack(np.meshgrid(np.arange(columns), np.arange(rows)), axis=-1).reshape(-1, 2)
-    # Sums over rectangles from a running sum: the cost does not depend on the size of a tile.
-    total = np.zeros((tissue.shape[0] + 1, tissue.shape[1] + 1))
-    total[1:, 1:] = tissue.cumsum(0).cumsum(1)
     to_mask = np.array([tissue.shape[1] / width, tissue.shape[0] / height])
     start = np.floor(grid * side * to_mask).astype(int)
     stop = np.maximum(np.ceil((grid + 1) * side * to_mask).astype(int), start + 1)
     stop = np.minimum(stop, [tissue.shape[1], tissue.shape[0]])
     (left, top), (right, bottom) = start.T, stop.T
-    inside = total[bottom, right] - total[top, right] - total[bottom, left] + total[top, left]
+    if not len(grid):
+        return np.empty((0, 2), np.int64), np.empty(0)
+    # Sums over rectangles from running sums, along the rows first, of which only the edges of columns go on.
+    along = np.zeros((tissue.shape[0], tissue.shape[1] + 1), np.int32)
+    np.cumsum(tissue, axis=1, dtype=np.int32, out=along[:, 1:])
+    total = np.zeros((tissue.shape[0] + 1, columns), np.int32)
+    np.cumsum(along[:, right[:columns]] - along[:, left[:columns]], axis=0, out=total[1:])
+    inside = total[bottom, grid[:, 0]] - total[top, grid[:, 0]]
     fraction = inside / np.maximum((right - left) * (bottom - top), 1)
     return np.round(grid * side).astype(np.int64), fraction

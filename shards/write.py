@@ -91,7 +91,7 @@ def _decided(settings: Settings, units: list[list[sources.Source]]) -> dict[str,
     listing, files = hashlib.sha256(), 0
     for unit in units:
         for source in unit:
-            known = {**asdict(source), "file": source.path.name, "bytes": source.path.stat().st_size}
+            known = {**asdict(source), "file": source.filename, "bytes": source.path.stat().st_size}
             if settings.labels == "annotations" or settings.inside:     # small, and renaming a class keeps its size
                 with contextlib.suppress(ShardError):
                     drawn = annotation.find(source.path, settings.annotations)
@@ -265,10 +265,9 @@ def _settle(group: list[int], keep: dict[int, np.ndarray], opened: dict[int, spo
         yield from (_drop(keep, opened, rows, places, row, "conflict", detail) for row in group)
         return
     # A copy that is labelled says more than one that is not.
-    first = next((row for row in group if labels[row]), group[0]) if group else None
-    for row in group:
-        if row != first:
-            yield _drop(keep, opened, rows, places, row, "duplicate", f"of {rows['key'][[first]].tolist()[0].decode()}")
+    for first in ([row for row in group if labels[row]] or group)[:1]:
+        name = rows["key"][[first]].tolist()[0].decode()
+        yield from (_drop(keep, opened, rows, places, row, "duplicate", f"of {name}") for row in group if row != first)
 
 
 def _drop(keep: dict[int, np.ndarray], opened: dict[int, spool.Unit], rows: np.ndarray, places: np.ndarray, row: int,
