@@ -47,7 +47,7 @@ import matplotlib.pyplot as plt
 RESULTS = Path(__file__).resolve().parent / "results"
 CORES = len(os.sched_getaffinity(0))
 SIDE = 24576            # of the painted slides, pixels: 9216 tiles of 256, as a 20x scan has
-PAINTED = 3             # slides, for the whole job
+PAINTED = 4             # slides, for the whole job
 BATCH = 256
 
 

@@ -6,6 +6,7 @@ machines, goes on with the units that are missing.
 
 import contextlib
 import errno
+import functools
 import json
 import multiprocessing
 import multiprocessing.connection
@@ -142,8 +143,10 @@ def _said(says: Connection, process: ForkServerProcess) -> Exception:
 
 def _crash(process: ForkServerProcess) -> Exception:
     code = process.exitcode or 0
-    how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-    return ShardError(f"its reader crashed ({how}): the file is damaged, or memory ran out")
+    if code > 0:
+        return ShardError(f"its process ended before it began (exit code {code}); a script that calls write() itself "
+                          "lies in a file and does so below `if __name__ == \"__main__\":`")
+    return ShardError(f"its reader crashed ({signal.Signals(-code).name}): the file is damaged, or memory ran out")
 
 
 def _at(work: Path, unit: int) -> int:
@@ -199,7 +202,7 @@ def _work(unit: list[Source], number: int, settings: Settings, work: Path, skip:
 def cut(unit: list[Source], number: int, settings: Settings, work: Path, skip: dict[int, str]) -> None:
     """One unit of work into the spool."""
     with folder.storage(work):
-        writer = spool.Writer(work, number)
+        writer = spool.Writer(work, number, cut=settings.kind in CUT)
     try:
         if settings.kind in CUT:
             mpp = _slide(unit[0], writer, settings)
@@ -222,12 +225,18 @@ def _take(item: Tile | Rejected, writer: spool.Writer, settings: Settings) -> No
 def _about(tile: Tile, settings: Settings) -> bytes:
     """The JSON of a tile; its class, a number among all classes, comes last: it is known when all slides are cut."""
     source = tile.source
-    return json.dumps({
-        "dataset": settings.dataset, "slide": source.slide, "patient": source.patient, "site": source.site,
-        "x": tile.x, "y": tile.y, "mpp": None if np.isnan(tile.mpp) else round(tile.mpp, 6), "size": tile.size,
-        "label": tile.label or None, "split": source.split, "stain": settings.stain, "organ": settings.organ,
-        "encoding": tile.encoding, "digest": tile.digest.hex(), "class": None,
-    }).encode()
+    head = _repeated((("dataset", settings.dataset), ("slide", source.slide), ("patient", source.patient),
+                      ("site", source.site), ("split", source.split), ("stain", settings.stain),
+                      ("organ", settings.organ), ("label", tile.label or None), ("encoding", tile.encoding)))
+    mpp = "null" if np.isnan(tile.mpp) else round(tile.mpp, 6)
+    return (f'{head}, "x": {tile.x}, "y": {tile.y}, "mpp": {mpp}, "size": [{tile.size[0]}, {tile.size[1]}], '
+            f'"digest": "{tile.digest.hex()}", "class": null}}').encode()
+
+
+@functools.lru_cache(maxsize=64)
+def _repeated(words: tuple[tuple[str, str | None], ...]) -> str:
+    """The words of a tile that most of its slide's tiles share, as the beginning of its JSON."""
+    return json.dumps(dict(words))[:-1]
 
 
 def _files(unit: list[Source], number: int, settings: Settings, work: Path,

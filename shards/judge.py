@@ -55,15 +55,16 @@ class Looks:
 def look(small_NHWC: np.ndarray) -> Looks:
     """Looks of tiles that were reduced to an eighth."""
     planes_CNHW = np.ascontiguousarray(np.moveaxis(small_NHWC, -1, 0))
-    red, green, blue = DENSITY.take(planes_CNHW)
-    mean = (red + green + blue) / 3
     grey = planes_CNHW[0].astype(np.float32)
     grey += planes_CNHW[1]
     grey += planes_CNHW[2]
     grey /= 3
     sharp = min(grey.shape[1:]) >= SHARP_SIDE
     focus = _rough(grey) / np.maximum(_rough(_halved(grey)), 0.5) if sharp else np.full(len(grey), np.nan)
-    pixels = grey[0].size
+    thin = 2 if min(grey.shape[1:]) >= 2 * SHARP_SIDE else 1       # colours: a pixel of four tells as much
+    red, green, blue = DENSITY.take(planes_CNHW[:, :, ::thin, ::thin])
+    mean = (red + green + blue) / 3
+    pixels = mean[0].size
     stain = np.maximum(mean.mean(axis=(1, 2)), 1e-6)
     return Looks(grey.std(axis=(1, 2)), focus, np.count_nonzero(pen(red, green, blue, mean), axis=(1, 2)) / pixels,
                  np.count_nonzero(blood(red, green, blue), axis=(1, 2)) / pixels, stain,

@@ -47,9 +47,11 @@ class Settings:
     min_tissue: float = _key(0.5, "fraction of a tile that must lie on tissue", range=(0, 1))
     min_contrast: float = _key(3.0, "standard deviation of grey (of 255) below which a tile shows nothing",
                                range=(0, 255))
-    min_focus: float = _key(0.5, "sharpness below which a tile is blurred; 0 keeps all", range=(0, 100))
+    min_focus: float = _key(0.5, "sharpness below which a tile of 96 px or more is blurred; 0 keeps all",
+                            range=(0, 100))
     max_pen: float = _key(0.1, "fraction of a tile that may be a marker's ink", range=(0, 1))
-    max_blood: float = _key(0.7, "fraction of a tile that may be saturated red", range=(0, 1))
+    max_blood: float = _key(1.0, "fraction of a tile that may be saturated red: blood, and strongly stained bone or "
+                                 "muscle, which are kept by default", range=(0, 1))
     duplicates: str = _key("drop", "of equal tiles, keep the first or all", choices=("drop", "keep"))
     conflicts: str = _key("drop", "of equal tiles with different labels, keep none, or the first",
                           choices=("drop", "first"))

@@ -51,8 +51,9 @@ class Words:
 class Writer:
     """Writes one unit."""
 
-    def __init__(self, work: Path, number: int):
-        self.work, self.number = work, number
+    def __init__(self, work: Path, number: int, *, cut: bool):
+        """`cut`: one slide, of which the tiles are cut; else many files."""
+        self.work, self.number, self.cut = work, number, cut
         self.draft = path(work, number, f"{socket.gethostname()}-{os.getpid()}.draft")
         self.handle = self.draft.open("wb")
         self.rows: list[tuple] = []
@@ -71,7 +72,7 @@ class Writer:
                           tile.y, round(tile.mpp, 6), self.whos(who), self.labels(tile.label),
                           self.encodings(tile.encoding), tile.digest))
         self.images.append(tile.image + about)
-        self._slide(tile.source)["looks"].append(tile.looks)
+        self._slide(source)["looks"].append(tile.looks)
         self.held += len(tile.image) + len(about)
         if self.held > RUN_BYTES:
             self._flush()
@@ -83,7 +84,8 @@ class Writer:
         counts[item.reason] = counts.get(item.reason, 0) + 1
 
     def _slide(self, source: Any) -> dict[str, Any]:
-        who = (source.slide, source.patient, source.site, source.split, source.filename)
+        # Tiles that are files of their own are summed up by their slide.
+        who = (source.slide, source.patient, source.site, source.split, source.filename if self.cut else "")
         return self.slides.setdefault(who, {"rejected": {}, "looks": []})
 
     def _flush(self) -> None:

@@ -297,7 +297,8 @@ def _placed(chosen: dict[int, np.ndarray], opened: dict[int, spool.Unit]) -> tup
 def _words(opened: dict[int, spool.Unit], keep: dict[int, np.ndarray]) -> Words:
     found: dict[str, set[str]] = {name: set() for name in Words._fields}
     for number, unit in opened.items():
-        rows = {name: np.unique(unit.rows[name][keep[number]]).tolist() for name in ("who", "label", "encoding")}
+        rows = {name: np.flatnonzero(np.bincount(unit.rows[name][keep[number]])).tolist()
+                for name in ("who", "label", "encoding")}
         for who in map(unit.whos().__getitem__, rows["who"]):
             for name, word in zip(("slide", "patient", "site", "split"), who[:4], strict=True):
                 found[name].add(word)

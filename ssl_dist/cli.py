@@ -186,12 +186,13 @@ def _typed(setting: tuple[str, Any]) -> str:
 
 def _written(settings: Any) -> list[str]:
     """Does one shard job; returns what there is to say of it."""
-    from shards import show, write
+    from shards import gallery, show, write
 
     with bars() as progress:
         done = write.write(settings, progress)
         if done and not done.untouched:
             show.sheets(done.out)
+            gallery.write(done.out)
     if done is None:
         return [f"{settings.out}: part {settings.part} is cut; when all are, call again without part="]
     left_out = ", ".join(f"{count} {reason}" for reason, count in sorted(done.rejected.items())) or "none"
