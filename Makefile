@@ -19,6 +19,7 @@ lint: $(READY)
 
 bench: $(READY)
 	@$(BIN)/python benchmarks/data.py
+	@$(BIN)/python benchmarks/shard.py
 	@$(BIN)/python benchmarks/readme.py
 
 readme: $(READY)

@@ -204,8 +204,7 @@ def _publish(count: int, failed: list[Rejected], settings: Settings, decided: di
     _pictures(units, settings, done)
     card = {"name": settings.dataset, "organ": settings.organ, "stain": settings.stain, "licence": settings.licence,
             "about": settings.about, "classes": words.label, "samples": samples, "slides": len(words.slide),
-            "patients": len(words.patient), "sites": len([site for site in words.site if site]),
-            "rejected": rejected}
+            "patients": len(set(words.patient) - {""}), "sites": len(set(words.site) - {""}), "rejected": rejected}
     _remove_tars(out, settings.dataset, keep=[tar.name for tar in listed])
     found = index.Index([card], decided, "", listed, written)
     index.write(out, replace(found, fingerprint=index.fingerprint(out, found)))
