@@ -225,7 +225,7 @@ def present(record: Record, root: Path) -> int:
     from shards import sources
 
     folder = root / record.folder
-    return len(sources.files(folder, sources.SUFFIXES[record.kind], record.shard.get("skip", ""))
+    return sum(1 for _ in sources.files(folder, sources.SUFFIXES[record.kind], record.shard.get("skip", ""))
                ) if folder.is_dir() else 0
 
 

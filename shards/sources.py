@@ -7,6 +7,7 @@ import hashlib
 import math
 import os
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -68,8 +69,7 @@ def sources(settings: Settings) -> list[Source]:
     found: list[Source] = []
     used: set[str] = set()
     for file in files(folder, suffixes, settings.skip):
-        relative = file.relative_to(folder).as_posix()
-        source, row = _described(file, relative, settings, table)
+        source, row = _described(file, file[len(str(folder)):].lstrip("/"), settings, table)
         used |= row
         found.append(source)
     if not found:
@@ -84,24 +84,35 @@ def sources(settings: Settings) -> list[Source]:
     return found
 
 
-def files(folder: Path, suffixes: tuple[str, ...], skip: str = "") -> list[Path]:
-    """Paths below `folder` that end so and that `skip` does not match; of a DICOM series its first file."""
-    found, series = [], set()
-    for path in sorted(folder.rglob("*")):
-        if path.suffix.lower() not in suffixes or path.name.startswith("._") or not path.is_file():
+def files(folder: Path, suffixes: tuple[str, ...], skip: str = "") -> Iterator[str]:
+    """Paths below `folder` that end so and that `skip` does not match, in order; of a DICOM series its first file."""
+    series = set()
+    for path in _walk(str(folder)):
+        name = path.rpartition("/")[2]
+        if not name.lower().endswith(suffixes) or name.startswith("._"):
             continue            # ._name is what a Mac leaves beside a file it copied
-        relative = path.relative_to(folder).as_posix()
+        relative = path[len(str(folder)):].lstrip("/")
         if relative.encode(errors="ignore") != os.fsencode(relative):
             raise ShardError(f"{os.fsencode(relative)!r} is not a name in UTF-8; rename it, or move it out of {folder}")
         if skip and re.search(skip, relative):
             continue
-        if path.suffix.lower() == ".dcm":       # the levels of one slide are files of one series
-            name = dicom_series(path)
-            if name in series:
+        if name.lower().endswith(".dcm"):       # the levels of one slide are files of one series
+            uid = dicom_series(Path(path))
+            if uid in series:
                 continue
-            series.add(name)
-        found.append(path)
-    return found
+            series.add(uid)
+        yield path
+
+
+def _walk(folder: str) -> Iterator[str]:
+    """Every file below, as text: a million Path objects would take a gigabyte. Links to folders are not followed."""
+    with os.scandir(folder) as entries:
+        inside = sorted(entries, key=lambda entry: entry.name)
+    for entry in inside:
+        if entry.is_dir(follow_symlinks=False):
+            yield from _walk(entry.path)
+        elif entry.is_file():
+            yield entry.path
 
 
 def units(settings: Settings, found: list[Source]) -> list[list[Source]]:
@@ -119,24 +130,26 @@ def key(*parts: str) -> str:
     return f"{tame[:63]}-{hashlib.blake2b(text.encode(errors='surrogateescape'), digest_size=8).hexdigest()}"
 
 
-def _described(path: Path, relative: str, settings: Settings,
+def _described(file: str, relative: str, settings: Settings,
                table: dict[str, dict[str, str]]) -> tuple[Source, set[str]]:
     match = re.search(settings.names, relative) if settings.names else None
     if settings.names and match is None:
         raise ShardError(f"names={settings.names!r} does not match {relative!r}; correct the expression, leave the "
                          "file out with skip=, or move it out of the source folder")
+    filename = file.rpartition("/")[2]
+    stem = os.path.splitext(filename)[0]        # noqa: PTH122 - as text, see _walk
     known = {name: word for name, word in (match.groupdict() if match else {}).items() if word is not None}
-    names = {path.stem, path.name, relative, known.get("slide", path.stem)} & table.keys()
+    names = {stem, filename, relative, known.get("slide", stem)} & table.keys()
     for name in sorted(names):
         known.update(table[name])
-    slide = known.get("slide", path.stem)
-    barcode = TCGA.search(path.name) or TCGA.search(slide)
+    slide = known.get("slide", stem)
+    barcode = TCGA.search(filename) or TCGA.search(slide)
     if barcode:
         known = {"patient": barcode[0], "site": barcode[1], **known}
     elif settings.kind == "slides":
         known.setdefault("patient", slide)      # a slide is of one patient; of a tile that says nothing it is unknown
-    mpp = _microns(known["mpp"], path) if known.get("mpp") else None
-    return Source(file=str(path), name=Path(relative).with_suffix("").as_posix(), slide=slide,
+    mpp = _microns(known["mpp"], file) if known.get("mpp") else None
+    return Source(file=file, name=os.path.splitext(relative)[0], slide=slide,       # noqa: PTH122
                   patient=known.get("patient", ""), site=known.get("site", ""), split=known.get("split", ""),
                   label=known.get("label", ""), mpp=mpp), names
 
@@ -150,7 +163,7 @@ def _pieces(source: Source, array: str) -> list[Source]:
             for first in range(0, rows, FILES_A_UNIT)]
 
 
-def _microns(word: str, path: Path) -> float:
+def _microns(word: str, path: str) -> float:
     with contextlib.suppress(ValueError):
         if 0 < (value := float(word)) < math.inf:
             return value

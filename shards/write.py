@@ -91,12 +91,13 @@ def _decided(settings: Settings, units: list[list[sources.Source]]) -> dict[str,
     listing, files = hashlib.sha256(), 0
     for unit in units:
         for source in unit:
-            known = {**asdict(source), "file": source.filename, "bytes": source.path.stat().st_size}
+            known = [source.filename, source.path.stat().st_size, source.name, source.slide, source.patient,
+                     source.site, source.split, source.label, source.mpp, source.rows]
             if settings.labels == "annotations" or settings.inside:     # small, and renaming a class keeps its size
                 with contextlib.suppress(ShardError):
                     drawn = annotation.find(source.path, settings.annotations)
-                    known["annotation"] = hashlib.sha256(drawn.read_bytes()).hexdigest()
-            listing.update(json.dumps(known, sort_keys=True).encode(errors="surrogateescape"))
+                    known.append(hashlib.sha256(drawn.read_bytes()).hexdigest())
+            listing.update(json.dumps(known).encode(errors="surrogateescape"))
             files += 1
     for other in settings.against:
         listing.update(index.read(other).fingerprint.encode())
@@ -226,12 +227,11 @@ def _copies(opened: dict[int, spool.Unit], settings: Settings) -> tuple[dict[int
     lines: list[dict[str, Any]] = []
     others = {path.name: index.samples(path)["digest"].combine_chunks() for path in settings.against}
     for part in range(parts):
-        placed = _placed({number: np.flatnonzero(_first_byte(unit.rows) % parts == part)
-                          for number, unit in opened.items()}, opened)
-        rows, places = placed
+        rows, places = _placed({number: np.flatnonzero(_first_byte(unit.rows) % parts == part)
+                                for number, unit in opened.items()}, opened)
         if not len(rows):
             continue
-        copies = rows["digest"].copy().view("S16")      # sorted as bytes; what a trailing zero hides is settled below
+        copies = rows["digest"].copy().view("S16")      # bytes that NumPy can sort
         for name, digests in others.items():
             known = np.frombuffer(digests.buffers()[1], "V16")[digests.offset:digests.offset + len(digests)]
             known = np.sort(known.view("S16")[known.view(np.uint8).reshape(-1, 16)[:, 0] % parts == part])

@@ -12,16 +12,43 @@ from typing import Any
 from ssl_dist import schema
 from ssl_dist.schema import ConfigError
 
+# What tiles can be chosen by.
+COLUMNS = ("dataset", "slide", "patient", "label", "stain", "organ", "mpp")
+
 
 @dataclass
 class Data:
     shards: list[Path] = field(metadata={"exists": True, "some": True, "help": "shard folders",
                                          "otherwise": "; write it with: ssl-dist shard CONFIG out=FOLDER"})
     split: str = field(default="", metadata={"help": "only tiles of this split; empty: all"})
+    only: dict[str, Any] = field(default_factory=dict, metadata={
+        "help": f"lists of words by column ({', '.join(COLUMNS)}): only tiles that have one of each"})
+    block: Path | None = field(default=None, metadata={"exists": True, "help": "a file of keys that are left out"})
+    mixture: str = field(default="natural", metadata={"choices": ("natural", "even", "temperature", "weights"),
+                                                      "help": "how much of the run each dataset gets"})
+    temperature: float = field(default=2.0, metadata={"range": (0.1, 1000), "help": "share: size ** (1 / temperature)"})
+    weights: dict[str, Any] = field(default_factory=dict, metadata={"help": "shares of the run by dataset, any scale"})
     batch: int = field(default=256, metadata={"range": (2, 10**6), "help": "tiles a step, over all ranks"})
     window: int = field(default=16, metadata={"range": (1, 10**6), "help": "tars whose tiles are permuted together"})
     threads: int = field(default=0, metadata={"range": (0, 1024), "help": "a rank; 0: its share of the cores"})
     ahead: int = field(default=3, metadata={"range": (1, 64), "help": "batches kept ready before the step"})
+
+    def rules(self) -> list[str]:
+        """What cannot be said of one value alone."""
+        broken = []
+        for name, words in self.only.items():
+            if name not in COLUMNS:
+                broken.append(f"only.{name} is not a column to choose by: {', '.join(COLUMNS)}")
+            elif not isinstance(words, list) or not words or not all(
+                    isinstance(word, int | float if name == "mpp" else str) for word in words):
+                broken.append(f"only.{name}={words!r} is not a list of {'numbers' if name == 'mpp' else 'words'}")
+        bad = {name: value for name, value in self.weights.items()
+               if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < float("inf")}
+        broken += [f"weights.{name}={value!r} is not a share, a number from 0" for name, value in bad.items()]
+        if (self.mixture == "weights") != bool(self.weights):
+            broken.append(f"mixture={self.mixture!r} and weights={self.weights!r} do not go together: mixture=weights "
+                          "takes weights, and no other does")
+        return broken
 
 
 @dataclass

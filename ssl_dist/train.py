@@ -1,6 +1,7 @@
 """Build everything, then the loop. The only file that knows everyone."""
 
 import contextlib
+import hashlib
 import io
 import json
 import math
@@ -20,6 +21,7 @@ from shards import folder
 from ssl_dist import checkpoint, config, dist, export, methods, optim, schedule, schema
 from ssl_dist import run as runs
 from ssl_dist.config import ConfigError, Train
+from ssl_dist.data import mixture
 from ssl_dist.data.batch import Batch
 from ssl_dist.data.loader import Loader
 from ssl_dist.data.reader import Reader
@@ -51,7 +53,7 @@ def train(settings: Train) -> int:
         asked = stack.enter_context(runs.asked_to_stop())
         runs.end_with_launcher()
         try:
-            reader = Reader(settings.data.shards, settings.data.split)
+            reader = _reader(settings)
             dist.once(reader.verify)
             identity = _identity(settings, reader)
             found = dist.once(lambda: checkpoint.newest(path / "checkpoints"))
@@ -71,7 +73,7 @@ def _train(settings: Train, path: Path, run: runs.Run, device: torch.device, rea
            found: Path | None, asked: list[int]) -> int:
     threads = max(1, len(os.sched_getaffinity(0)) // dist.local_world())
     torch.set_num_threads(threads)
-    stream = Stream(reader.counts, seed=settings.seed, window=settings.data.window, batch=settings.data.batch)
+    stream = _stream(settings, reader)
     method = build(settings).to(device)
     engine = Engine(method, optim.build(method, settings.optim), config.deepspeed(settings, dist.world()), device)
     method.to(memory_format=torch.channels_last)        # not before: DeepSpeed's broadcast wants contiguous weights
@@ -143,15 +145,35 @@ def from_checkpoint(settings: Train, path: Path) -> Path:
         raise ConfigError([f"{path} has no complete checkpoint to export; train it first"])
     method = build(settings)
     method.load_state_dict(checkpoint.weights(newest))
-    return export.export(_encoder(method), settings, Reader(settings.data.shards, settings.data.split),
+    return export.export(_encoder(method), settings, _reader(settings),
                          checkpoint.state(newest)["step"], path / "encoder")
+
+
+def _reader(settings: Train) -> Reader:
+    return Reader(settings.data.shards, settings.data.split, settings.data.only, settings.data.block)
+
+
+def _stream(settings: Train, reader: Reader) -> Stream:
+    data = settings.data
+    if data.mixture == "natural":
+        shares = None
+    else:
+        if unknown := sorted(data.weights.keys() - set(reader.datasets)):
+            raise ConfigError([f"data.weights.{name}: no such dataset in data.shards; there are "
+                               f"{', '.join(reader.datasets)}" for name in unknown])
+        weights = np.array([data.weights.get(name, 0.0) for name in reader.datasets]) if data.weights else None
+        shares = mixture.shares(reader.sizes, data.temperature if data.mixture == "temperature" else None, weights)
+        if not shares.any():
+            raise ConfigError([f"data.weights={data.weights} leave no dataset that has a tile"])
+    return Stream(reader.counts, seed=settings.seed, window=data.window, batch=data.batch, datasets=reader.dataset_of,
+                  shares=shares)
 
 
 def rehearse(settings: Train, world: int) -> dict[str, Any]:
     """Everything that can fail before a machine is booked; what the run would be."""
     share = config.rank_batch(settings, world)
-    reader = Reader(settings.data.shards, settings.data.split)
-    stream = Stream(reader.counts, seed=settings.seed, window=settings.data.window, batch=settings.data.batch)
+    reader = _reader(settings)
+    stream = _stream(settings, reader)
     with torch.device("meta"):
         method = build(settings)
     weights = sum(parameter.numel() for parameter in method.parameters())
@@ -205,6 +227,11 @@ def _tell(sentence: str) -> None:
 def _identity(settings: Train, reader: Reader) -> dict[str, Any]:
     """All that decides the weights: a run that resumes under another identity would be neither of the two."""
     data = {name: getattr(settings.data, name) for name in ("split", "batch", "window")}
+    plain = config.Data(settings.data.shards)
+    data |= {name: value for name in ("only", "mixture", "temperature", "weights")     # what says nothing is nothing
+             if (value := getattr(settings.data, name)) != getattr(plain, name)}
+    if settings.data.block:
+        data["block"] = hashlib.sha256(settings.data.block.read_bytes()).hexdigest()
     tree = json.loads(json.dumps({name: schema.plain(getattr(settings, name)) for name in
                                   ("seed", "steps", "precision", "encoder", "optim", "method")}))
     return {**tree, "data": data, "shards": [found.fingerprint for found in reader.indexes]}

@@ -216,3 +216,74 @@ def test_an_unfinished_folder_is_refused(tmp_path: Path) -> None:
         Reader([tmp_path / "shards"])
     with pytest.raises(ShardError, match="no shard folder"):
         Reader([tmp_path / "nowhere"])
+
+
+# --- choosing
+
+
+@pytest.fixture(scope="module")
+def chosen_from(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Path], list[dict]]:
+    """Two folders of two datasets whose tiles differ in every column that they can be chosen by."""
+    root, paths, rows = tmp_path_factory.mktemp("chosen"), [], []
+    for number, classes in enumerate((["fat", "tumour"], ["gland", "tumour"])):
+        path = root / f"set{number}"
+        mine = pack(path, tars=6, name=f"set{number}", seed=number)
+        rng, count = np.random.default_rng(number), len(mine)
+        table = index.samples(path).to_pydict()
+        table |= {"mpp": rng.choice([0.25, 0.499, 0.5, 1.0], count).tolist(),
+                  "label": rng.choice([-1, 0, 1], count).tolist(),
+                  "organ": rng.choice(["breast", "colon"], count).tolist(),
+                  "stain": rng.choice(["H&E", "IHC"], count).tolist(),
+                  "patient": rng.choice(["a", "b", "c"], count).tolist()}
+        index.write_samples(path, table)
+        found = index.read(path)
+        card = {"name": f"set{number}", "classes": classes}
+        index.write(path, index.Index([card], {}, found.fingerprint, found.tars))
+        words = [{**{name: column[place] for name, column in table.items()},
+                  "label": [*classes, ""][table["label"][place]]} for place in range(count)]
+        paths, rows = [*paths, path], rows + words
+    return paths, rows
+
+
+@pytest.mark.parametrize("only", [
+    {"organ": ["breast"]}, {"label": ["tumour"]}, {"label": ["gland"]}, {"label": ["fat", "gland"], "organ": ["colon"]},
+    {"dataset": ["set1"]}, {"patient": ["a", "c"], "stain": ["IHC"]}, {"mpp": [0.5]}, {"mpp": [0.25, 1.0]},
+], ids=str)
+@pytest.mark.parametrize("split", ["", "train"])
+def test_tiles_are_chosen_by_the_words_of_their_columns(chosen_from: tuple, only: dict, split: str) -> None:
+    paths, rows = chosen_from
+    reader = Reader(paths, split, only)
+
+    def fits(row: dict) -> bool:
+        near = {"mpp": lambda value, words: any(abs(value - word) < 0.01 * word for word in words)}
+        return all(near.get(name, lambda value, words: value in words)(row[name], words)
+                   for name, words in only.items()) and (not split or row["split"] == split)
+
+    wanted = [number for number, row in enumerate(rows) if fits(row)]
+    assert reader.all_rows().tolist() == wanted and wanted
+    assert reader.counts.sum() == len(wanted)
+    assert reader.sizes.tolist() == [sum(rows[number]["dataset"] == name for number in wanted)
+                                     for name in reader.datasets]
+    located = [reader.rows(np.full(count, tar), np.arange(count)).tolist() for tar, count in enumerate(reader.counts)]
+    assert [row for rows in located for row in rows] == wanted
+    for tar, of in enumerate(reader.dataset_of.tolist()):
+        assert {rows[number]["dataset"] for number in located[tar]} <= {reader.datasets[of]}
+    reader.close()
+
+
+def test_blocked_keys_are_left_out_and_unknown_ones_do_no_harm(chosen_from: tuple, tmp_path: Path) -> None:
+    paths, rows = chosen_from
+    gone = [row["key"] for row in rows[::3]]
+    (tmp_path / "block.txt").write_text("\n".join([*gone, "nobody", ""]))
+    reader = Reader(paths, block=tmp_path / "block.txt")
+    assert reader.column("key", reader.all_rows()) == [row["key"] for row in rows if row["key"] not in gone]
+
+
+def test_a_choice_that_leaves_nothing_says_what_there_is(chosen_from: tuple) -> None:
+    paths, _ = chosen_from
+    with pytest.raises(ShardError, match=r"no tile of organ 'brest' .*the organs there: 'breast', 'colon'"):
+        Reader(paths, only={"label": ["fat"], "organ": ["brest"]})
+    with pytest.raises(ShardError, match=r"no tile of mpp 2.0 .*0\.25"):
+        Reader(paths, only={"mpp": [2.0]})
+    with pytest.raises(ShardError, match=r"no tile .* is of all of \{'label': \['fat'\], 'dataset': \['set1'\]\}"):
+        Reader(paths, only={"label": ["fat"], "dataset": ["set1"]})

@@ -8,16 +8,23 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as compute
 
 from shards import index
 from shards.index import ShardError
 
 
 class Reader:
-    """The samples of one split (all, where it is empty), tar by tar. A row is a sample's number in the catalogue."""
+    """The samples of one split (all, where it is empty), tar by tar. A row is a sample's number in the catalogue.
 
-    def __init__(self, folders: list[Path], split: str = ""):
+    `only` keeps to words of some columns ({"organ": ["breast"], "mpp": [0.5]}); `block` is a file of keys to leave out.
+    """
+
+    def __init__(self, folders: list[Path], split: str = "", only: dict[str, list] | None = None,
+                 block: Path | None = None):
         self.folders, self.split = [Path(folder) for folder in folders], split
+        self.only = {**({"split": [split]} if split else {}), **(only or {})}
+        blocked = pa.array(block.read_text(encoding="utf-8").split(), pa.string()) if block else None
         self.indexes = [index.read(folder) for folder in self.folders]
         fingerprints = [found.fingerprint for found in self.indexes]
         if len(set(fingerprints)) < len(fingerprints):
@@ -31,19 +38,39 @@ class Reader:
         for number, (folder, found, table) in enumerate(zip(self.folders, self.indexes, self.tables, strict=True)):
             self._hold(folder, found, table)
             edges = np.cumsum([0, *(tar.samples for tar in found.tars)])
-            chosen = _rows_of(table, split) if split else None
+            chosen = _rows_of(table, found, self.only, blocked)
             places = edges if chosen is None else np.searchsorted(chosen, edges)
             self.tars += [folder / tar.name for tar in found.tars]
             self._spans += [(number, int(first), int(end)) for first, end in zip(places[:-1], places[1:], strict=True)]
             self._selected.append(chosen)
             counts.append(np.diff(places))
         self.counts = np.concatenate(counts)                # samples a tar
+        names = [found.datasets[0]["name"] for found in self.indexes]
+        self.datasets = sorted(set(names))                  # a dataset may lie in several folders
+        self.dataset_of = np.repeat([self.datasets.index(name) for name in names],
+                                    [len(found.tars) for found in self.indexes])    # of each tar
         self._tar_base = np.cumsum([0, *(len(found.tars) for found in self.indexes)])
         self._open: OrderedDict[int, int] = OrderedDict()   # tar -> file descriptor, the longest unused first
         self._open_limit = max(8, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4)
         if not self.counts.sum():
-            raise ShardError(f"no tile of split {split!r} in {', '.join(map(str, self.folders))}; the splits there: "
-                             f"{', '.join(map(repr, self.splits()))}")
+            raise ShardError(self._nothing(blocked is not None))
+
+    def _nothing(self, blocked: bool) -> str:
+        """Why no sample is left: the column that no sample fits, or all of them together."""
+        where = f" in {', '.join(map(str, self.folders))}"
+        for name, words in self.only.items():
+            if not any(_fits(table, found, name, words).any()
+                       for table, found in zip(self.tables, self.indexes, strict=True)):
+                there = sorted({str(word) for table, found in zip(self.tables, self.indexes, strict=True)
+                                for word in _words(table, found, name)})
+                told = ", ".join(map(repr, there[:20])) + (", ..." if len(there) > 20 else "")
+                return f"no tile of {name} {', '.join(map(repr, words))}{where}; the {name}s there: {told}"
+        return f"no tile{where} is of all of {self.only}" + (" and not in data.block" if blocked else "")
+
+    @property
+    def sizes(self) -> np.ndarray:
+        """Samples of each dataset."""
+        return np.bincount(self.dataset_of, self.counts, len(self.datasets)).astype(np.int64)
 
     @staticmethod
     def _hold(folder: Path, found: index.Index, table: pa.Table) -> None:
@@ -135,9 +162,34 @@ class Reader:
             os.close(self._open.popitem()[1])
 
 
-def _rows_of(table: pa.Table, split: str) -> np.ndarray:
-    codes, words = _coded(table, "split")
-    return np.flatnonzero(codes == words.index(split)) if split in words else np.empty(0, dtype=np.int64)
+def _rows_of(table: pa.Table, found: index.Index, only: dict[str, list], blocked: pa.Array | None) -> np.ndarray | None:
+    """The rows that fit, or None where all do."""
+    if not only and blocked is None:
+        return None
+    fits = np.ones(table.num_rows, bool)
+    for name, words in only.items():
+        fits &= _fits(table, found, name, words)
+    if blocked is not None:
+        fits &= ~compute.is_in(table["key"], blocked).to_numpy()
+    return np.flatnonzero(fits)
+
+
+def _fits(table: pa.Table, found: index.Index, name: str, words: list) -> np.ndarray:
+    """Whether each row has one of the words in its column; a resolution fits within a hundredth."""
+    if name == "mpp":
+        values = table["mpp"].to_numpy()
+        return np.any([np.abs(values - word) < 0.01 * word for word in words], axis=0)
+    if name == "label":
+        classes = found.datasets[0]["classes"]
+        return np.isin(table["label"].to_numpy(), [classes.index(word) for word in words if word in classes])
+    codes, known = _coded(table, name)
+    return np.isin(codes, [number for number, word in enumerate(known) if word in words])
+
+
+def _words(table: pa.Table, found: index.Index, name: str) -> list:
+    if name == "mpp":
+        return np.unique(table["mpp"].to_numpy()).tolist()
+    return found.datasets[0]["classes"] if name == "label" else _coded(table, name)[1]
 
 
 def _coded(table: pa.Table, name: str) -> tuple[np.ndarray, list[str]]:

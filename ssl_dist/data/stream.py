@@ -1,8 +1,8 @@
-"""Which sample is next: a pure function of (seed, epoch, position). There is no reader to save and none to restore.
+"""Which samples make batch t: a pure function of (seed, t). There is no reader to save and none to restore.
 
-An epoch visits every sample once. Tars are put in a random order and taken `window` at a time; the samples of a window
-are permuted together. Tars were shuffled across slides when they were written, so a window is as good as the whole, and
-memory holds a few windows, never an epoch.
+Of one mixture, the natural one, an epoch is every sample once, in the order that `order.py` gives to all tars together.
+Of any other, mixture.py says which dataset each sample of the run is of; each dataset goes through its own epochs, so a
+small one is repeated, and a large one gives no sample twice before all have had their turn.
 """
 
 from functools import lru_cache
@@ -10,66 +10,68 @@ from functools import lru_cache
 import numpy as np
 
 from shards.index import ShardError
-
-# The last word of the counter keeps the draws apart: augment.py uses 0.
-TARS, SAMPLES = 1, 2
-
-
-def permutation(seed: int, epoch: int, purpose: int, part: int, length: int) -> np.ndarray:
-    """A random order of `length` things.
-
-    Sorting Philox's raw words, and not numpy's `permutation`: the words are fixed by the algorithm's definition, while
-    what numpy makes of them may change with a release, and a run must resume under the next one.
-    """
-    words = np.random.Philox(key=[seed, epoch], counter=[0, part, 0, purpose]).random_raw(length)
-    return np.argsort(words, kind="stable")
+from ssl_dist.data import mixture
+from ssl_dist.data.order import Order
 
 
 class Stream:
-    """The order of every epoch over tars of `counts` samples each."""
+    """The batches of a run over tars of `counts` samples each.
 
-    def __init__(self, counts: np.ndarray, *, seed: int, window: int, batch: int):
-        self.counts, self.seed, self.window, self.batch = np.asarray(counts, dtype=np.int64), seed, window, batch
-        self.samples = int(self.counts.sum())
+    `datasets` says of each tar which dataset it is of, and `shares` how much of the run each dataset gets; without them
+    every sample is as likely as any other.
+    """
+
+    def __init__(self, counts: np.ndarray, *, seed: int, window: int, batch: int, datasets: np.ndarray | None = None,
+                 shares: np.ndarray | None = None):
+        self.seed, self.batch = seed, batch
+        self.samples = int(np.sum(counts))
         self.steps_an_epoch = self.samples // batch     # who falls into the tail of one epoch, may lead the next
         if not self.steps_an_epoch:
-            raise ShardError(f"the shards hold {self.samples} tiles of the wanted split, and one step takes data.batch="
+            raise ShardError(f"the shards hold {self.samples} tiles of the wanted kind, and one step takes data.batch="
                              f"{batch}; choose a smaller batch or shard more")
+        if shares is None or datasets is None:
+            self._mixture, self._tars = None, [np.arange(len(counts))]
+        else:
+            self._mixture = mixture.Mixture(shares, seed)
+            self._tars = [np.flatnonzero(np.asarray(datasets) == number) for number in range(len(shares))]
         self._windows = lru_cache(maxsize=4)(self._window_of)
-        self._orders = lru_cache(maxsize=2)(self._order_of)
+        self._orders = [Order(np.asarray(counts)[tars], seed=seed, window=window, dataset=number)
+                        for number, tars in enumerate(self._tars)]
 
     def epoch(self, step: int) -> int:
-        """The epoch that step (from 0) belongs to."""
+        """The epoch that step (from 0) belongs to: as many samples as there are."""
         return step // self.steps_an_epoch
 
     def positions(self, step: int, rank: int = 0, world: int = 1) -> np.ndarray:
-        """Places in the epoch's order that make `rank`'s share of the global batch `step`."""
+        """Places in the epoch that make `rank`'s share of the global batch `step`."""
         share = self.batch // world
         first = (step % self.steps_an_epoch) * self.batch + rank * share
         return np.arange(first, first + share)
 
     def locate(self, epoch: int, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """For places in the order of `epoch`: which tar, and which of its samples."""
-        _, ends = self._orders(epoch)
-        tars, members = np.empty(len(positions), dtype=np.int64), np.empty(len(positions), dtype=np.int64)
-        window = np.searchsorted(ends, positions, side="right")
-        for number in np.unique(window):
+        """For places in `epoch`: which tar, and which of its samples."""
+        if self._mixture is None:
+            return self._orders[0].locate(epoch, positions)
+        places = epoch * self.steps_an_epoch * self.batch + positions
+        tars, members = np.empty((2, len(positions)), np.int64)
+        window = places // mixture.WINDOW
+        for number in np.unique(window).tolist():
             here = window == number
-            start = ends[number - 1] if number else 0
-            window_tars, window_members = self._windows(epoch, int(number))
-            tars[here] = window_tars[positions[here] - start]
-            members[here] = window_members[positions[here] - start]
+            tars[here], members[here] = self._windows(number)[:, places[here] - number * mixture.WINDOW]
         return tars, members
 
-    def _order_of(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        order = permutation(self.seed, epoch, TARS, 0, len(self.counts))
-        ends = np.cumsum(self.counts[order])
-        return order, ends[np.append(np.arange(self.window, len(order), self.window), len(order)) - 1]
-
-    def _window_of(self, epoch: int, number: int) -> tuple[np.ndarray, np.ndarray]:
-        tars = self._orders(epoch)[0][number * self.window:(number + 1) * self.window]
-        counts = self.counts[tars]
-        shuffled = permutation(self.seed, epoch, SAMPLES, number, int(counts.sum()))
-        starts = np.cumsum(counts) - counts
-        place = np.searchsorted(np.cumsum(counts), shuffled, side="right")
-        return tars[place], shuffled - starts[place]
+    def _window_of(self, number: int) -> np.ndarray:
+        """Tars and members of one window of a mixture: a dataset at a time, for it goes through its own epochs."""
+        assert self._mixture is not None
+        datasets, start, end = self._mixture.window(number)
+        found = np.empty((2, len(datasets)), np.int64)
+        places = np.argsort(datasets, kind="stable")        # each dataset's in a row, its first place first
+        done = 0
+        for order, tars, first, last in zip(self._orders, self._tars, start, end, strict=True):
+            while first < last:
+                turn, position = divmod(first, order.samples)
+                count = min(last - first, order.samples - position)
+                within, members = order.locate(turn, np.arange(position, position + count))
+                found[:, places[done:done + count]] = tars[within], members
+                first, done = first + count, done + count
+        return found
