@@ -244,15 +244,19 @@ def _files(unit: list[Source], number: int, settings: Settings, work: Path,
     if settings.kind == "arrays":
         yield from tiles.of_array(unit[0], settings)
         return
+    for place, reason in skip.items():
+        yield Rejected(unit[place], "failed", reason.replace(unit[place].file, unit[place].filename))
     with spool.path(work, number, "at").open("w") as at:
-        for place, source in enumerate(unit):
-            if place in skip:
-                yield Rejected(source, "failed", skip[place].replace(str(source.path), source.filename))
-                continue
-            at.seek(0)          # where we are, for whoever finds us dead
-            at.write(f"{place:6}")
-            at.flush()
-            yield tiles.of_file(source, settings)
+
+        def one_by_one() -> Iterator[Source]:
+            for place, source in enumerate(unit):
+                if place not in skip:
+                    at.seek(0)          # where we are, for whoever finds us dead
+                    at.write(f"{place:6}")
+                    at.flush()
+                    yield source
+
+        yield from tiles.of_files(one_by_one(), settings)
 
 
 def _slide(source: Source, writer: spool.Writer, settings: Settings) -> float:

@@ -110,9 +110,12 @@ def blood(red: np.ndarray, green: np.ndarray, blue: np.ndarray) -> np.ndarray:
     return (green > 0.45) & (blue > 0.6 * green) & (red < 0.35 * green)
 
 
-def histogram(values: np.ndarray, edges: np.ndarray) -> list[int]:
-    """Counts between `edges`, what lies beyond counted in the outer bins; what is not known is not counted."""
-    return np.histogram(np.clip(values[~np.isnan(values)], edges[0], edges[-1]), edges)[0].tolist()
+def histograms(values: np.ndarray, whose: np.ndarray, owners: int, edges: np.ndarray) -> np.ndarray:
+    """Counts between `edges`, a row an owner; what lies beyond is in the outer bins, what is not known in none."""
+    known = ~np.isnan(values)
+    bins = np.clip(np.searchsorted(edges, values[known], side="right") - 1, 0, len(edges) - 2)
+    counts = np.bincount(whose[known] * (len(edges) - 1) + bins, minlength=owners * (len(edges) - 1))
+    return counts.reshape(owners, len(edges) - 1)
 
 
 def reduced(pixels: np.ndarray) -> np.ndarray:

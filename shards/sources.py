@@ -22,8 +22,8 @@ SUFFIXES = {
     "tiles": (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp"),
     "arrays": (".h5", ".hdf5"),
 }
-# Files or array rows that one worker takes at a time: a second or so of work.
-FILES_A_UNIT = 500
+# Files, or rows of an array, that one worker takes at a time: some seconds of work, or some megabytes of pixels.
+FILES_A_UNIT, ROWS_A_UNIT = 2000, 500
 # TCGA-<tissue source site>-<participant>: the first three parts of a barcode name the patient.
 TCGA = re.compile(r"TCGA-([A-Z0-9]{2})-[A-Z0-9]{4}(?![A-Z0-9])")
 
@@ -159,8 +159,8 @@ def _pieces(source: Source, array: str) -> list[Source]:
     if source.path.stem.endswith("_y"):
         return []
     rows = arrays.length(source.path, array)
-    return [dataclasses.replace(source, rows=(first, min(first + FILES_A_UNIT, rows)))
-            for first in range(0, rows, FILES_A_UNIT)]
+    return [dataclasses.replace(source, rows=(first, min(first + ROWS_A_UNIT, rows)))
+            for first in range(0, rows, ROWS_A_UNIT)]
 
 
 def _microns(word: str, path: str) -> float:

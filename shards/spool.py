@@ -118,13 +118,17 @@ class Writer:
             "rejected": counts}))
 
     def _about(self, mpp: float | None) -> Iterable[str]:
-        for (slide, patient, site, split, file), known in self.slides.items():
-            looks = np.array(known["looks"]).reshape(-1, len(LOOKS))
+        looks = [known["looks"] for known in self.slides.values()]
+        whose = np.repeat(np.arange(len(looks)), [len(some) for some in looks])
+        values = np.array([each for some in looks for each in some]).reshape(-1, len(LOOKS))
+        counts = [judge.histograms(values[:, column], whose, len(looks), edges)
+                  for column, (_, edges) in enumerate(LOOKS)]
+        for place, ((slide, patient, site, split, file), known) in enumerate(self.slides.items()):
             yield json.dumps({
                 "slide": slide, "patient": patient, "site": site, "split": split, "file": file,
-                "mpp": None if mpp is None or np.isnan(mpp) else round(mpp, 6), "kept": len(looks),
+                "mpp": None if mpp is None or np.isnan(mpp) else round(mpp, 6), "kept": len(known["looks"]),
                 "rejected": known["rejected"],
-                **{name: judge.histogram(looks[:, column], edges) for column, (name, edges) in enumerate(LOOKS)},
+                **{name: count[place].tolist() for (name, _), count in zip(LOOKS, counts, strict=True)},
             }) + "\n"
 
     def discard(self) -> None:

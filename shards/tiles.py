@@ -3,8 +3,9 @@
 import dataclasses
 import hashlib
 import io
+import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -21,7 +22,9 @@ from shards.tiff import Level
 
 # Pixels judged at once: 64 tiles of 256 squared, a dozen megabytes.
 BATCH = 64 * 256 * 256
+FILES_AT_ONCE = 64
 SOURCE = "source"       # the encoding of bytes that we did not make
+UNSEEN = (math.nan, math.nan, math.nan)
 
 
 class Tile(NamedTuple):
@@ -144,6 +147,7 @@ def _judged(cut: Cut, corners: list[tuple[int, int]]) -> Iterator[Tile | Rejecte
     if not read:
         return
     looks = judge.look(np.stack(small))
+    kept = _looks(looks)
     for number, (x, y, content) in enumerate(read):
         if reason := looks.reason(number, limits):
             yield cut.rejected(reason, x, y)
@@ -152,8 +156,8 @@ def _judged(cut: Cut, corners: list[tuple[int, int]]) -> Iterator[Tile | Rejecte
         if settings.labels == "annotations" and cut.drawn is not None:
             label = cut.drawn.of(x, y, cut.side, settings.min_label)
         image, encoding, digest = _encoded(content, settings)
-        yield Tile(cut.key(x, y), cut.source, x, y, cut.mpp, size, label, image, encoding, digest,
-                   (float(looks.focus[number]), float(looks.density[number]), float(looks.hue[number])), cut.side)
+        yield Tile(cut.key(x, y), cut.source, x, y, cut.mpp, size, label, image, encoding, digest, kept[number],
+                   cut.side)
 
 
 def order(settings: Settings, name: str) -> int:
@@ -165,8 +169,24 @@ def order(settings: Settings, name: str) -> int:
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest())
 
 
-def of_file(source: Source, settings: Settings) -> Tile | Rejected:
-    """One image file as one tile: a sound JPEG passes untouched, everything else is decoded and encoded."""
+def of_files(sources: Iterable[Source], settings: Settings) -> Iterator[Tile | Rejected]:
+    """Image files, each a tile; looked at some at a time, those of one size together."""
+    waiting = iter(sources)
+    while some := [(source, of_file(source, settings)) for source in itertools.islice(waiting, FILES_AT_ONCE)]:
+        small: dict[tuple[int, ...], list[np.ndarray]] = {}
+        for _, made in some:
+            if not isinstance(made, Rejected):
+                small.setdefault(made[1].shape, []).append(made[1])
+        looks = {shape: iter(_looks(judge.look(np.stack(those)))) for shape, those in small.items()}
+        for _, made in some:
+            yield made if isinstance(made, Rejected) else made[0]._replace(looks=next(looks[made[1].shape]))
+
+
+def of_file(source: Source, settings: Settings) -> tuple[Tile, np.ndarray] | Rejected:
+    """One image file as one tile: a sound JPEG passes untouched, everything else is decoded and encoded.
+
+    With it, an eighth of the picture, by which it will be judged.
+    """
     try:
         content = source.path.read_bytes()
         with Image.open(io.BytesIO(content)) as image:
@@ -180,7 +200,7 @@ def of_file(source: Source, settings: Settings) -> Tile | Rejected:
         return Rejected(source, "unreadable", _without_path(error, source))
     mpp = source.mpp or next(iter(settings.mpp), math.nan)
     return Tile(key(*source.name.split("/")), source, 0, 0, mpp, size, source.label, encoded, encoding, digest,
-                _look(small))
+                UNSEEN), small
 
 
 def of_array(source: Source, settings: Settings) -> Iterator[Tile]:
@@ -189,6 +209,7 @@ def of_array(source: Source, settings: Settings) -> Iterator[Tile]:
     images, labels = arrays.read(source.path, settings.array, first, last)
     words = arrays.words(source.path, settings.columns, first, last)
     mpp = source.mpp or next(iter(settings.mpp), math.nan)
+    looks = _looks(judge.look(np.stack([judge.reduced(image) for image in images])))
     for number, (image, label, known) in enumerate(zip(images, labels, words, strict=True), start=first):
         name = f"{source.name}-{number:07d}"
         row = dataclasses.replace(source, slide=known.get("slide", name.rpartition("/")[2]),
@@ -196,7 +217,7 @@ def of_array(source: Source, settings: Settings) -> Iterator[Tile]:
                                   split=known.get("split", source.split))
         encoded, encoding, digest = _encoded(image, settings)
         yield Tile(key(*name.split("/")), row, 0, 0, mpp, (image.shape[1], image.shape[0]),
-                   known.get("label", source.label or label), encoded, encoding, digest, _look(judge.reduced(image)))
+                   known.get("label", source.label or label), encoded, encoding, digest, looks[number - first])
 
 
 def picture(source: Source, settings: Settings) -> Picture:
@@ -236,9 +257,9 @@ def _encoded(content: bytes | np.ndarray, settings: Settings) -> tuple[bytes, st
             f"jpeg-{settings.quality}-{settings.subsampling}", hashlib.sha256(content.data).digest()[:16])
 
 
-def _look(small: np.ndarray) -> tuple[float, float, float]:
-    looks = judge.look(small[None])
-    return float(looks.focus[0]), float(looks.density[0]), float(looks.hue[0])
+def _looks(looks: judge.Looks) -> list[tuple[float, float, float]]:
+    """What is kept of them, a tile each."""
+    return list(zip(looks.focus.tolist(), looks.density.tolist(), looks.hue.tolist(), strict=True))
 
 
 def _without_path(error: Exception, source: Source) -> str:

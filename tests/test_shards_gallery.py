@@ -174,7 +174,7 @@ def test_the_median_is_that_of_the_values_as_near_as_bins_can_tell() -> None:
     rng = np.random.default_rng(0)
     for edges in gallery.MEASURES.values():
         values = rng.uniform(edges[0], edges[-1], 1001)
-        bins = np.array(judge.histogram(values, edges))
+        bins = np.array(judge.histograms(values, np.zeros(len(values), int), 1, edges)[0])
         assert abs(gallery.median(bins, edges) - np.median(values)) < edges[1] - edges[0]
 
 

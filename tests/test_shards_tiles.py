@@ -37,7 +37,8 @@ def settings_of(folder: Path, **told: object) -> write.Settings:
 
 
 def of_file(path: Path) -> tiles.Tile | tiles.Rejected:
-    return tiles.of_file(source(path), settings_of(path.parent, kind="tiles"))
+    (made,) = tiles.of_files([source(path)], settings_of(path.parent, kind="tiles"))
+    return made
 
 
 def listed(folder: Path, names: str = "", **told: object) -> list[sources.Source]:
@@ -423,7 +424,7 @@ def test_files_of_one_name_in_different_folders_are_different_tiles(tmp_path: Pa
     saved(tmp_path / "in" / "train" / "cat" / "1.png", noise(0))
     saved(tmp_path / "in" / "valid" / "cat" / "1.png", noise(1))
     found = listed(tmp_path / "in")
-    made = [tiles.of_file(each, settings_of(tmp_path / "in", kind="tiles")) for each in found]
+    made = list(tiles.of_files(found, settings_of(tmp_path / "in", kind="tiles")))
     assert [tile.key for tile in made] == ["train-cat-1", "valid-cat-1"]
 
 
