@@ -31,7 +31,7 @@ class Reader:
             raise ShardError(f"{', '.join(map(str, self.folders))} hold the same shards more than once; name each once")
         self.tables = [index.samples(folder) for folder in self.folders]
         self.tars: list[Path] = []
-        self._spans: list[tuple[int, int, int]] = []        # a tar's folder, first row and end, in the folder's table
+        spans: list[tuple[int, int]] = []                   # a tar's folder, and its first row among those chosen there
         self._selected: list[np.ndarray | None] = []        # a folder's rows of the split; None: all
         counts: list[np.ndarray] = []
         self._base = np.cumsum([0, *(table.num_rows for table in self.tables)])
@@ -41,10 +41,14 @@ class Reader:
             chosen = _rows_of(table, found, self.only, blocked)
             places = edges if chosen is None else np.searchsorted(chosen, edges)
             self.tars += [folder / tar.name for tar in found.tars]
-            self._spans += [(number, int(first), int(end)) for first, end in zip(places[:-1], places[1:], strict=True)]
+            spans += [(number, first) for first in places[:-1].tolist()]
             self._selected.append(chosen)
             counts.append(np.diff(places))
         self.counts = np.concatenate(counts)                # samples a tar
+        self._span_folder, self._span_first = np.array(spans, np.int64).reshape(-1, 2).T
+        # Straight from the map: nothing is copied but what is asked for.
+        self._places = [[table[name].combine_chunks().to_numpy() for name in ("tar", "offset", "size", "crc32")]
+                        for table in self.tables]
         names = [found.datasets[0]["name"] for found in self.indexes]
         self.datasets = sorted(set(names))                  # a dataset may lie in several folders
         self.dataset_of = np.repeat([self.datasets.index(name) for name in names],
@@ -106,12 +110,12 @@ class Reader:
 
     def rows(self, tars: np.ndarray, members: np.ndarray) -> np.ndarray:
         """Catalogue rows of members (numbered within the split) of tars."""
-        rows = np.empty(len(tars), dtype=np.int64)
-        for place, (tar, member) in enumerate(zip(tars.tolist(), members.tolist(), strict=True)):
-            folder, first, _ = self._spans[tar]
-            chosen = self._selected[folder]
-            rows[place] = self._base[folder] + (first + member if chosen is None else chosen[first + member])
-        return rows
+        folder, places = self._span_folder[tars], self._span_first[tars] + members
+        for number in np.unique(folder).tolist():
+            if (chosen := self._selected[number]) is not None:
+                here = folder == number
+                places[here] = chosen[places[here]]
+        return self._base[folder] + places
 
     def all_rows(self) -> np.ndarray:
         """Every row of the split, in the order of the catalogue."""
@@ -131,16 +135,20 @@ class Reader:
 
     def read(self, rows: np.ndarray) -> list[np.ndarray]:
         """The encoded images of rows, each in fresh memory and with the checksum that the writer took."""
-        columns = {name: self.column(name, rows) for name in ("tar", "offset", "size", "crc32")}
         folder = np.searchsorted(self._base, rows, side="right") - 1
+        where = np.empty((4, len(rows)), np.int64)
+        for number in np.unique(folder).tolist():
+            here = folder == number
+            local = rows[here] - self._base[number]
+            where[:, here] = [column[local] for column in self._places[number]]
+        where[0] += self._tar_base[folder]
         images = []
-        for place, row in enumerate(rows.tolist()):
-            tar = int(self._tar_base[folder[place]]) + columns["tar"][place]
-            content = os.pread(self._descriptor(tar), columns["size"][place], columns["offset"][place])
-            if zlib.crc32(content) != columns["crc32"][place]:
-                raise ShardError(f"{self.tars[tar]} changed on disk: tile {self.column('key', rows[[place]])[0]!r} at "
-                                 f"byte {columns['offset'][place]} (row {row}) is not what was written; run: "
-                                 f"ssl-dist check {self.tars[tar].parent}")
+        for row, tar, offset, size, crc32 in zip(rows.tolist(), *where.tolist(), strict=True):
+            content = os.pread(self._descriptor(tar), size, offset)
+            if zlib.crc32(content) != crc32:
+                key = self.column("key", np.array([row]))[0]
+                raise ShardError(f"{self.tars[tar]} changed on disk: tile {key!r} at byte {offset} (row {row}) is not "
+                                 f"what was written; run: ssl-dist check {self.tars[tar].parent}")
             images.append(np.frombuffer(content, dtype=np.uint8))
         return images
 
