@@ -88,9 +88,10 @@ def all_units(units: list[list[Source]], settings: Settings, work: Path, progres
                     skipped[unit][at] = str(error)
                     waiting.append(unit)
                 source = units[unit][at]
-                failed.append(Rejected(source, "failed", str(error).replace(str(source.path), source.filename)))
+                text = str(error) if source.file in str(error) else f"{source.file}: {error}"
+                failed.append(Rejected(source, "failed", text.replace(source.file, source.filename)))
                 if len(failed) > settings.max_failed:
-                    raise ShardError(f"{error} [{len(failed)} failed, max_failed={settings.max_failed}]")
+                    raise ShardError(f"{text} [{len(failed)} failed, max_failed={settings.max_failed}]")
                 progress(what, len(mine) - len(waiting) - len(running), len(mine))
     finally:        # whatever ended the job, no process of it goes on
         for left in running.values():
@@ -123,22 +124,21 @@ def _ended(running: dict[int, Running], settings: Settings, work: Path) -> Itera
         del running[unit]
         error: Exception | None = None
         if not spool.done(work, unit):
-            if each.says.poll():
-                error = _said(each.says, each.process)
-            elif late:
+            error = _said(each.says)
+            if error is None and late:
                 error = ShardError(f"not done after {settings.unit_seconds:g} s: it was stopped; look at it, or "
                                    "give it longer with unit_seconds=")
-            else:
-                error = _crash(each.process)
+            error = error or _crash(each.process)
         each.says.close()
         yield unit, error
 
 
-def _said(says: Connection, process: ForkServerProcess) -> Exception:
-    try:
-        return says.recv()
-    except (EOFError, OSError):     # it died while it spoke
-        return _crash(process)
+def _said(says: Connection) -> Exception | None:
+    """The last word of a process, if it had one."""
+    with contextlib.suppress(EOFError, OSError):        # it died before, or while it spoke
+        if says.poll():
+            return says.recv()
+    return None
 
 
 def _crash(process: ForkServerProcess) -> Exception:
@@ -190,13 +190,12 @@ def _work(unit: list[Source], number: int, settings: Settings, work: Path, skip:
         with folder.storage(work):
             cut(unit, number, settings, work, skip)
     except MemoryError:
-        says.send(ShardError(f"{unit[0].path} took more than unit_memory_gb={settings.unit_memory_gb:g} of memory; "
-                             "give it more, or look at it"))
+        says.send(ShardError(f"took more than unit_memory_gb={settings.unit_memory_gb:g} of memory; give it more, or "
+                             "look at it"))
     except StorageError as error:
-        says.send(error if error.errno in DISK else ShardError(f"{unit[0].path} cannot be read: {error}"))
+        says.send(error if error.errno in DISK else ShardError(f"cannot be read: {error}"))
     except Exception as error:
-        says.send(ShardError(str(error) if hasattr(error, "exit_code") else
-                             f"{unit[0].path} failed: {type(error).__name__}: {error}"))
+        says.send(ShardError(str(error) if hasattr(error, "exit_code") else f"{type(error).__name__}: {error}"))
 
 
 def cut(unit: list[Source], number: int, settings: Settings, work: Path, skip: dict[int, str]) -> None:

@@ -120,18 +120,19 @@ class Slide:
         return self._levels[number]
 
     def _agrees(self, number: int, found: tiff.Level) -> bool:
-        """Asked of the tile that has most to show, as its size in the file tells."""
-        column, row = found.largest()
+        """Asked of a tile that has much to show, as its size in the file tells; of the next where one is damaged."""
         scale = self._downsamples[number]
-        corner = round(column * found.side * scale), round(row * found.side * scale)
-        try:
-            own = jpeg.decode(found.tile(column, row))
-        except JpegError:
-            return False
-        shown = self._read(*corner, number, (found.side, found.side)).astype(np.int16)
-        width, height = (min(found.side, side - place * found.side) for side, place in
-                         zip(self._handle.level_dimensions[number], (column, row), strict=True))
-        return bool(np.abs(own[:height, :width] - shown[:height, :width]).mean() <= AGREE)
+        for column, row in found.largest(8):
+            try:
+                own = jpeg.decode(found.tile(column, row))
+            except JpegError:
+                continue
+            corner = round(column * found.side * scale), round(row * found.side * scale)
+            shown = self._read(*corner, number, (found.side, found.side)).astype(np.int16)
+            width, height = (min(found.side, side - place * found.side) for side, place in
+                             zip(self._handle.level_dimensions[number], (column, row), strict=True))
+            return bool(np.abs(own[:height, :width] - shown[:height, :width]).mean() <= AGREE)
+        return False
 
     def region(self, x: int, y: int, size: tuple[int, int], mpp: float) -> np.ndarray:
         """`size` pixels (width, height) at `mpp`, top left at level-0 (x, y), as RGB. Outside the slide it is white."""

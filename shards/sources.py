@@ -139,8 +139,9 @@ def _described(file: str, relative: str, settings: Settings,
     filename = file.rpartition("/")[2]
     stem = os.path.splitext(filename)[0]        # noqa: PTH122 - as text, see _walk
     known = {name: word for name, word in (match.groupdict() if match else {}).items() if word is not None}
-    names = {stem, filename, relative, known.get("slide", stem)} & table.keys()
-    for name in sorted(names):
+    # The row of the slide, and over it the row of the file itself, which may be found by its whole path.
+    names = [name for name in (known.get("slide", stem), stem, filename, relative) if name in table]
+    for name in names:
         known.update(table[name])
     slide = known.get("slide", stem)
     barcode = TCGA.search(filename) or TCGA.search(slide)
@@ -151,7 +152,7 @@ def _described(file: str, relative: str, settings: Settings,
     mpp = _microns(known["mpp"], file) if known.get("mpp") else None
     return Source(file=file, name=os.path.splitext(relative)[0], slide=slide,       # noqa: PTH122
                   patient=known.get("patient", ""), site=known.get("site", ""), split=known.get("split", ""),
-                  label=known.get("label", ""), mpp=mpp), names
+                  label=known.get("label", ""), mpp=mpp), set(names)
 
 
 def _pieces(source: Source, array: str) -> list[Source]:

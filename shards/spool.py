@@ -4,7 +4,6 @@ A unit is whole or absent: its .json comes last. Rows are sorted in runs of boun
 tar) is one contiguous piece of each run, however large the slide.
 """
 
-import functools
 import json
 import os
 import socket
@@ -18,6 +17,7 @@ import numpy as np
 from shards import folder, judge
 from shards.tiles import Rejected, Tile
 
+ROWS_AT_ONCE = 1 << 20      # rows sorted in memory at a time: some hundred megabytes
 RUN_BYTES = 256 << 20       # tiles held in memory before they are written as one sorted run
 
 ROW = np.dtype([
@@ -25,6 +25,7 @@ ROW = np.dtype([
     ("x", "<i4"), ("y", "<i4"), ("mpp", "<f4"), ("who", "<i4"), ("label", "<i4"), ("encoding", "<i4"),
     ("digest", "V16"),
 ])
+PLACED = np.dtype([*ROW.descr, ("unit", "<i4")])
 LOOKS = (("focus", judge.FOCUS_EDGES), ("density", judge.DENSITY_EDGES), ("hue", judge.HUE_EDGES))
 
 
@@ -167,7 +168,7 @@ class Unit:
 
     def whos(self) -> list[tuple[str, str, str, str, str]]:
         """Slide, patient, site, split and file of its rows; read when asked for: of a million files they are many."""
-        return _whos(self.work, self.number)
+        return [tuple(who) for who in json.loads(path(self.work, self.number, "json").read_text())["whos"]]
 
     def between(self, low: int, high: int) -> np.ndarray:
         """Numbers of the rows whose place is in [low, high)."""
@@ -180,6 +181,15 @@ class Unit:
         return np.concatenate(pieces)
 
 
-@functools.lru_cache(maxsize=64)
-def _whos(work: Path, number: int) -> list[tuple[str, str, str, str, str]]:
-    return [tuple(who) for who in json.loads(path(work, number, "json").read_text())["whos"]]   # type: ignore[misc]
+def placed(chosen: dict[int, np.ndarray], opened: dict[int, Unit]) -> tuple[np.ndarray, np.ndarray]:
+    """The chosen rows of all units with the number of their unit, and where in it each stands."""
+    rows = np.empty(sum(map(len, chosen.values())), PLACED)
+    places = np.concatenate([np.empty(0, np.int64), *chosen.values()])
+    end = 0
+    for number, picked in chosen.items():
+        piece = rows[end:end + len(picked)]
+        for name in ROW.names or ():
+            piece[name] = opened[number].rows[name][picked]
+        piece["unit"] = number
+        end += len(picked)
+    return rows, places

@@ -33,10 +33,10 @@ class Level:
         """Frees the file."""
         self._file.close()
 
-    def largest(self) -> tuple[int, int]:
-        """Column and row of the tile with the most bytes."""
-        row, column = divmod(int(np.argmax(self._sizes)), self.columns)
-        return column, row
+    def largest(self, count: int) -> list[tuple[int, int]]:
+        """Columns and rows of the tiles with the most bytes."""
+        numbers = np.argsort(self._sizes, kind="stable")[::-1][:count].tolist()
+        return [divmod(number, self.columns)[::-1] for number in numbers]
 
     def mosaic(self, factor: int) -> np.ndarray:
         """The whole level at 1/factor of its size (1, 2, 4, 8); what cannot be read is white, as what is outside."""
@@ -61,6 +61,8 @@ class Level:
                 left, top = column * side, row * side
                 right, bottom = min(left + side, x + width, self.width), min(top + side, y + height, self.height)
                 first, upper = max(left, x), max(top, y)
+                if first >= right or upper >= bottom:
+                    continue
                 whole[upper - y:bottom - y, first - x:right - x] = self._pixels(column, row)[
                     upper - top:bottom - top, first - left:right - left]
         return whole

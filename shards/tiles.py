@@ -212,7 +212,9 @@ def of_array(source: Source, settings: Settings) -> Iterator[Tile]:
     looks = _looks(judge.look(np.stack([judge.reduced(image) for image in images])))
     for number, (image, label, known) in enumerate(zip(images, labels, words, strict=True), start=first):
         name = f"{source.name}-{number:07d}"
-        row = dataclasses.replace(source, slide=known.get("slide", name.rpartition("/")[2]),
+        # Where nobody told of a slide, each image stands for its own.
+        slide = source.slide if source.slide != source.path.stem else name.rpartition("/")[2]
+        row = dataclasses.replace(source, slide=known.get("slide", slide),
                                   patient=known.get("patient", source.patient), site=known.get("site", source.site),
                                   split=known.get("split", source.split))
         encoded, encoding, digest = _encoded(image, settings)

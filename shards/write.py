@@ -14,15 +14,14 @@ import os
 import re
 import shutil
 import tarfile
-import zlib
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from shards import annotation, cut, folder, index, sources, spool
+from shards import annotation, copies, cut, folder, index, sources, spool, tar
 from shards.cut import Progress
 from shards.folder import FolderInUse, StorageError
 from shards.index import ShardError
@@ -31,10 +30,6 @@ from shards.tiles import Rejected
 
 __all__ = ["Settings", "SettingsChanged", "Summary", "write"]
 
-ROWS_AT_ONCE = 1 << 20          # rows sorted in memory at a time: some hundred megabytes
-BYTES_AT_ONCE = 128 << 20       # tiles that a process holds while it writes a tar
-END = bytes(2 * tarfile.BLOCKSIZE)      # of a tar
-PLACED = np.dtype([*spool.ROW.descr, ("unit", "<i4")])
 
 
 class SettingsChanged(ValueError):
@@ -183,10 +178,9 @@ def _publish(count: int, failed: list[Rejected], settings: Settings, decided: di
     for unit in opened.values():
         _add(rejected, unit.rejected)
     _add(rejected, {"failed": len(failed)} if failed else {})
-    keep, copies = _copies(opened, settings)
+    keep, gone, lines = copies.kept(opened, settings)
+    _add(rejected, gone)
     samples = sum(int(kept.sum()) for kept in keep.values())
-    for line in copies:
-        _add(rejected, {line["reason"]: 1})
     if not samples:
         why = ", ".join(f"{count} {reason}" for reason, count in sorted(rejected.items())) or "there is none"
         raise ShardError(f"not one tile of {settings.source} was accepted: {why}; look at {work}/*.png and at the "
@@ -200,13 +194,12 @@ def _publish(count: int, failed: list[Rejected], settings: Settings, decided: di
     listed = _tars(opened, keep, words, bounds.tolist(), settings, columns, progress)
     columns.write(out, words._asdict() | {name: [getattr(settings, name)] for name in ("dataset", "stain", "organ")})
     written = {name: _joined(out / name, [spool.path(work, number, name.partition(".")[0]) for number in done], last)
-               for name, last in (("rejected.jsonl", spool.lines(failed) + "".join(
-                   json.dumps(line) + "\n" for line in copies)), ("slides.jsonl", ""))}
+               for name, last in (("rejected.jsonl", spool.lines(failed) + lines), ("slides.jsonl", ""))}
     _pictures(units, settings, done)
     card = {"name": settings.dataset, "organ": settings.organ, "stain": settings.stain, "licence": settings.licence,
             "about": settings.about, "classes": words.label, "samples": samples, "slides": len(words.slide),
             "patients": len(set(words.patient) - {""}), "sites": len(set(words.site) - {""}), "rejected": rejected}
-    _remove_tars(out, settings.dataset, keep=[tar.name for tar in listed])
+    _remove_tars(out, settings.dataset, keep=[each.name for each in listed])
     found = index.Index([card], decided, "", listed, written)
     index.write(out, replace(found, fingerprint=index.fingerprint(out, found)))
     return Summary(out, samples, tars, rejected, untouched=False)
@@ -215,82 +208,6 @@ def _publish(count: int, failed: list[Rejected], settings: Settings, decided: di
 def _add(counts: dict[str, int], more: dict[str, int]) -> None:
     for reason, count in more.items():
         counts[reason] = counts.get(reason, 0) + count
-
-
-def _copies(opened: dict[int, spool.Unit], settings: Settings) -> tuple[dict[int, np.ndarray], list[dict[str, Any]]]:
-    """Which rows of each unit are kept, and a line for each that is not: copies, and copies of another label."""
-    keep = {number: np.ones(len(unit.rows), bool) for number, unit in opened.items()}
-    if settings.duplicates == "keep":
-        return keep, []
-    total = sum(len(unit.rows) for unit in opened.values())
-    parts = -(-total // (4 * ROWS_AT_ONCE)) or 1
-    lines: list[dict[str, Any]] = []
-    others = {path.name: index.samples(path)["digest"].combine_chunks() for path in settings.against}
-    for part in range(parts):
-        rows, places = _placed({number: np.flatnonzero(_first_byte(unit.rows) % parts == part)
-                                for number, unit in opened.items()}, opened)
-        if not len(rows):
-            continue
-        copies = rows["digest"].copy().view("S16")      # bytes that NumPy can sort
-        for name, digests in others.items():
-            known = np.frombuffer(digests.buffers()[1], "V16")[digests.offset:digests.offset + len(digests)]
-            known = np.sort(known.view("S16")[known.view(np.uint8).reshape(-1, 16)[:, 0] % parts == part])
-            at = np.minimum(np.searchsorted(known, copies), max(len(known) - 1, 0))
-            for row in np.flatnonzero(known[at] == copies).tolist() if len(known) else ():
-                if keep[int(rows["unit"][row])][places[row]]:
-                    lines.append(_drop(keep, opened, rows, places, row, "duplicate", f"is in {name} already"))
-        order = np.lexsort((rows["order"], copies))
-        starts = np.flatnonzero(np.r_[True, copies[order][1:] != copies[order][:-1]])
-        sizes = np.diff(np.r_[starts, len(order)])
-        for start, size in zip(starts[sizes > 1].tolist(), sizes[sizes > 1].tolist(), strict=True):
-            group = [row for row in order[start:start + size].tolist()
-                     if keep[int(rows["unit"][row])][places[row]]]
-            lines += _settle(group, keep, opened, rows, places, settings)
-    lines.sort(key=lambda line: (line["file"], line["x"], line["y"], line["slide"], line["mpp"] or 0))
-    return keep, lines
-
-
-def _first_byte(rows: np.ndarray) -> np.ndarray:
-    return rows["digest"].copy().view(np.uint8).reshape(-1, 16)[:, 0] if len(rows) else np.empty(0, np.uint8)
-
-
-def _settle(group: list[int], keep: dict[int, np.ndarray], opened: dict[int, spool.Unit], rows: np.ndarray,
-            places: np.ndarray, settings: Settings) -> Iterator[dict[str, Any]]:
-    """Of tiles with the same content, in their order: which one stays."""
-    labels = {row: opened[int(rows["unit"][row])].labels[int(rows["label"][row])] for row in group}
-    said = set(labels.values()) - {""}
-    if len(said) > 1 and settings.conflicts == "drop":
-        detail = f"the same picture is labelled {', '.join(sorted(said))}"
-        yield from (_drop(keep, opened, rows, places, row, "conflict", detail) for row in group)
-        return
-    # A copy that is labelled says more than one that is not.
-    for first in ([row for row in group if labels[row]] or group)[:1]:
-        name = rows["key"][[first]].tolist()[0].decode()
-        yield from (_drop(keep, opened, rows, places, row, "duplicate", f"of {name}") for row in group if row != first)
-
-
-def _drop(keep: dict[int, np.ndarray], opened: dict[int, spool.Unit], rows: np.ndarray, places: np.ndarray, row: int,
-          reason: str, detail: str) -> dict[str, Any]:
-    unit = int(rows["unit"][row])
-    keep[unit][places[row]] = False
-    slide, *_, file = opened[unit].whos()[int(rows["who"][row])]
-    mpp = float(rows["mpp"][row])
-    return {"slide": slide, "file": file, "x": int(rows["x"][row]), "y": int(rows["y"][row]),
-            "mpp": None if np.isnan(mpp) else round(mpp, 6), "reason": reason, "detail": detail}
-
-
-def _placed(chosen: dict[int, np.ndarray], opened: dict[int, spool.Unit]) -> tuple[np.ndarray, np.ndarray]:
-    """The chosen rows of all units with the number of their unit, and where in it each stands."""
-    rows = np.empty(sum(map(len, chosen.values())), PLACED)
-    places = np.concatenate([np.empty(0, np.int64), *chosen.values()])
-    end = 0
-    for number, picked in chosen.items():
-        piece = rows[end:end + len(picked)]
-        for name in spool.ROW.names or ():
-            piece[name] = opened[number].rows[name][picked]
-        piece["unit"] = number
-        end += len(picked)
-    return rows, places
 
 
 def _words(opened: dict[int, spool.Unit], keep: dict[int, np.ndarray]) -> Words:
@@ -352,12 +269,12 @@ def _tars(opened: dict[int, spool.Unit], keep: dict[int, np.ndarray], words: Wor
             for number in range(total + 2 * workers):       # so many wait for us at most
                 if number < total:
                     rows, path = next(chunks), out / f"{settings.dataset}-{number:06d}.tar"
-                    waiting.append((rows, pool.submit(_tar, path, out / ".work", rows)))
+                    waiting.append((rows, pool.submit(tar.write, path, out / ".work", rows)))
                 if number >= 2 * workers and waiting:
                     rows, job = waiting.pop(0)
-                    tar, offsets = job.result()
+                    one, offsets = job.result()
                     columns.add(_table(rows, offsets, len(listed), codes))
-                    listed.append(tar)
+                    listed.append(one)
                     progress("writing tars", len(listed), total)
         except concurrent.futures.process.BrokenProcessPool:
             raise ShardError("a process died while it wrote a tar (out of memory, or killed); call again to go on"
@@ -371,15 +288,15 @@ def _chunks(opened: dict[int, spool.Unit], keep: dict[int, np.ndarray], codes: d
             bounds: list[int]) -> Iterator[np.ndarray]:
     """The rows of each tar, in order: range by range of the places, so that memory holds a few tars of them."""
     total = sum(len(unit.rows) for unit in opened.values())
-    parts = -(-total // ROWS_AT_ONCE) or 1
+    parts = -(-total // spool.ROWS_AT_ONCE) or 1
     edges = [part * 2**64 // parts for part in range(parts + 1)]
-    left, tar, last = np.empty(0, PLACED), 0, np.empty(0, PLACED)
+    left, tar, last = np.empty(0, spool.PLACED), 0, np.empty(0, spool.PLACED)
     for low, high in zip(edges[:-1], edges[1:], strict=True):
         chosen = {}
         for number, unit in opened.items():
             between = unit.between(low, high)
             chosen[number] = between[keep[number][between]]
-        rows, _ = _placed(chosen, opened)
+        rows, _ = spool.placed(chosen, opened)
         ends = np.cumsum([0, *map(len, chosen.values())])
         for number, first, end in zip(chosen, ends[:-1], ends[1:], strict=True):     # classes of all, not of a unit
             rows["label"][first:end] = codes[number].label[rows["label"][first:end]]
@@ -410,102 +327,6 @@ def _table(rows: np.ndarray, offsets: np.ndarray, tar: int, codes: dict[int, Cod
         "encoding": np.array([codes[unit].encoding[number]
                               for unit, number in zip(units, rows["encoding"].tolist(), strict=True)]),
     }
-
-
-# --- in the process of a tar
-
-
-def _tar(path: Path, work: Path, rows: np.ndarray) -> tuple[index.Tar, np.ndarray]:
-    """One tar and its idx, whole or absent; returns what index.json says of it and where its images start."""
-    note, told = work / f"{path.stem}.done", hashlib.sha256(rows.tobytes()).hexdigest()
-    if (old := _written(path, note, told)) is not None:
-        return old
-    with folder.storage(path):
-        draft = path.with_name(f".{path.name}.tmp")
-        digest, offsets, members, end = hashlib.sha256(), np.empty(len(rows), np.int64), [], 0
-        with draft.open("wb") as out:
-            for number, (row, image, about) in enumerate(_images(work, rows)):
-                name = row["key"].decode()
-                # JSON after the image: webdataset and DALI group neighbours of one name into one sample.
-                first, second = _member(f"{name}.jpg", image), _member(f"{name}.json", about)
-                for content in (first, second):
-                    out.write(content)
-                    digest.update(content)
-                offsets[number] = start = end + tarfile.BLOCKSIZE
-                members.append([("jpg", start, len(image), f"{name}.jpg"),
-                                ("json", end + len(first) + tarfile.BLOCKSIZE, len(about), f"{name}.json")])
-                end += len(first) + len(second)
-            out.write(END)
-            digest.update(END)
-            out.flush()
-            os.fsync(out.fileno())
-            size = out.tell()
-        folder.publish(draft, path)
-        folder.write(path.with_suffix(".idx"), index.idx(members))
-        tar = index.Tar(path.name, len(rows), size, digest.hexdigest())
-        folder.write(note, json.dumps({"told": told, "tar": asdict(tar), "offsets": offsets.tolist()}))
-    return tar, offsets
-
-
-def _written(path: Path, note: Path, told: str) -> tuple[index.Tar, np.ndarray] | None:
-    """What an earlier call wrote, if it was told the same and it is still there."""
-    with contextlib.suppress(OSError, ValueError):
-        known = json.loads(note.read_text())
-        if (known["told"] == told and path.stat().st_size == known["tar"]["bytes"]
-                and path.with_suffix(".idx").is_file()):
-            return index.Tar(**known["tar"]), np.array(known["offsets"], np.int64)
-    return None
-
-
-def _images(work: Path, rows: np.ndarray) -> Iterator[tuple[np.void, bytes, bytes]]:
-    """Rows with their images and JSON, read in pieces that are contiguous in the spool of each unit."""
-    ends = np.cumsum(rows["size"], dtype=np.int64)
-    first = 0
-    while first < len(rows):
-        base = ends[first - 1] if first else 0
-        last = max(first + 1, int(np.searchsorted(ends, base + BYTES_AT_ONCE)))
-        for row, (image, about) in zip(rows[first:last], _read(work, rows[first:last]), strict=True):
-            if row["label"] != index.NO_LABEL:
-                about = about.removesuffix(b"null}") + b"%d}" % row["label"]
-            yield row, image, about
-        first = last
-
-
-def _read(work: Path, rows: np.ndarray) -> list[tuple[bytes, bytes]]:
-    found: list[tuple[bytes, bytes]] = [(b"", b"")] * len(rows)
-    places = np.lexsort((rows["start"], rows["unit"]))
-    starts, units, sizes = rows["start"][places], rows["unit"][places], rows["size"][places].astype(np.int64)
-    ends = starts + sizes + rows["about"][places]
-    breaks = np.flatnonzero((units[1:] != units[:-1]) | (starts[1:] != ends[:-1])) + 1
-    bounds = [0, *breaks.tolist(), len(rows)]
-    with contextlib.ExitStack() as last:
-        for low, high in zip(bounds[:-1], bounds[1:], strict=True):
-            if low == 0 or units[low] != units[low - 1]:
-                last.close()
-                spooled = last.enter_context(spool.path(work, int(units[low]), "tiles").open("rb", buffering=0))
-            begin = int(starts[low])
-            content = os.pread(spooled.fileno(), int(ends[high - 1]) - begin, begin)
-            for at in range(low, high):
-                start, row = int(starts[at]) - begin, int(places[at])
-                image = content[start:start + int(sizes[at])]
-                if zlib.crc32(image) != rows["crc32"][row]:
-                    raise ShardError(f"the spool in {work} changed on disk (unit {units[at]}); delete {work} and shard "
-                                     "again")
-                found[row] = image, content[start + int(sizes[at]):int(ends[at]) - begin]
-    return found
-
-
-# A USTAR header of which name, size and checksum are still to be said; owner, group and time stay 0.
-_HEADER = tarfile.TarInfo("").tobuf(tarfile.USTAR_FORMAT)
-_SUM = sum(_HEADER[:148]) + sum(_HEADER[156:])
-
-
-def _member(name: str, data: bytes) -> bytes:
-    """Header, content and padding: what tarfile writes, in a twentieth of its time."""
-    said, size = name.encode(), b"%011o" % len(data)
-    total = _SUM + 256 + sum(said) + sum(size) - 11 * ord("0")
-    return b"".join((said, _HEADER[len(said):124], size, _HEADER[135:148], b"%06o\0 " % total, _HEADER[156:], data,
-                     bytes(-len(data) % tarfile.BLOCKSIZE)))
 
 
 # --- what lies beside the tars
