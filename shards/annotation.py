@@ -73,6 +73,9 @@ class Annotation:
         for shape in sorted(shapes, key=_layer):
             word = shape.name.lower()
             _draw(drawn, shape, scale, NOTHING if word in CUTS else NAMELESS if word in FRAMES else inks[shape.name])
+        if any(shape.name.lower() not in CUTS for shape in shapes) and not drawn.any():
+            raise ShardError(f"{path}: none of its {len(shapes)} regions lies on the slide of {width} x {height} "
+                             "pixels; it belongs to another slide, or counts the pixels of another level")
         return cls(classes, drawn, scale)
 
     def of(self, x: float, y: float, side: float, min_label: float) -> str:

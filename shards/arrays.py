@@ -22,26 +22,35 @@ def read(path: Path, array: str, first: int, last: int) -> tuple[np.ndarray, lis
             pixels = _images(file, path, array)[first:last]
         except OSError as error:
             raise ShardError(f"{path} is damaged ({error}); get it again") from None
+        images = len(_images(file, path, array))
         if "y" in file:
-            return pixels, _labels(file, path, first, last)
+            return pixels, _labels(file, path, images, first, last)
     neighbour = path.with_name(f"{path.stem.removesuffix('_x')}_y{path.suffix}")
     if neighbour == path or not neighbour.is_file():
         return pixels, [""] * len(pixels)
     with _open(neighbour) as file:
-        return pixels, _labels(file, neighbour, first, last)
+        return pixels, _labels(file, neighbour, images, first, last)
 
 
-def words(path: Path, columns: dict[str, str], first: int, last: int) -> list[dict[str, str]]:
+def neighbours(path: Path) -> list[Path]:
+    """The files beside an array that say something of its images: labels, table."""
+    stem = path.stem.removesuffix("_x")
+    return [found for found in (path.with_name(f"{stem}_y{path.suffix}"), path.with_name(f"{stem}_meta.csv"))
+            if found != path and found.is_file()]
+
+
+def words(path: Path, array: str, columns: dict[str, str], first: int, last: int) -> list[dict[str, str]]:
     """What a table *_meta.csv beside the file says of images first to last: a row an image, in their order."""
     table = path.with_name(f"{path.stem.removesuffix('_x')}_meta.csv")
     if not columns or not table.is_file():
         return [{}] * (last - first)
+    images = length(path, array)
     with table.open(newline="", encoding="utf-8-sig") as handle:
-        rows = list(csv.DictReader(handle))[first:last]
-    if len(rows) < last - first or any(name not in rows[0] for name in columns.values()):
-        raise ShardError(f"{table} has not one row an image with columns {', '.join(columns.values())}; get it again, "
-                         "or set columns={}")
-    return [{word: row[name] for word, name in columns.items()} for row in rows]
+        rows = list(csv.DictReader(handle))
+    if len(rows) != images or any(row.get(name) is None for row in rows for name in columns.values()):
+        raise ShardError(f"{table} has not one row for each of {images} images, with columns "
+                         f"{', '.join(columns.values())}; get it again, or set columns={{}}")
+    return [{word: row[name] for word, name in columns.items()} for row in rows[first:last]]
 
 
 def _open(path: Path) -> h5py.File:
@@ -53,14 +62,20 @@ def _open(path: Path) -> h5py.File:
 
 def _images(file: h5py.File, path: Path, array: str) -> h5py.Dataset:
     found = file.get(array)
-    if not isinstance(found, h5py.Dataset) or found.ndim != 4 or found.shape[3] != 3 or found.dtype != np.uint8:
+    if (not isinstance(found, h5py.Dataset) or found.ndim != 4 or found.shape[3] != 3 or found.dtype != np.uint8
+            or 0 in found.shape):
         what = f"{found.dtype} of shape {found.shape}" if isinstance(found, h5py.Dataset) else "not there"
         raise ShardError(f"{path}: array {array!r} is {what}, not images (N, height, width, 3) of 8 bits; it has "
                          f"{', '.join(file)}; name the right one with array=")
     return found
 
 
-def _labels(file: h5py.File, path: Path, first: int, last: int) -> list[str]:
-    if "y" not in file or len(file["y"]) < last:
-        raise ShardError(f"{path} has no label for each image in its array 'y'; get it again")
-    return [str(value) for value in np.asarray(file["y"][first:last]).reshape(last - first, -1)[:, 0].tolist()]
+def _labels(file: h5py.File, path: Path, images: int, first: int, last: int) -> list[str]:
+    found = file.get("y")
+    if (not isinstance(found, h5py.Dataset) or not found.ndim or len(found) != images or found.size != images
+            or found.dtype.kind not in "iubOS"):
+        what = f"{found.dtype} of shape {found.shape}" if isinstance(found, h5py.Dataset) else "not there"
+        raise ShardError(f"{path}: array 'y' is {what}, not one whole number or word for each of {images} images; get "
+                         "it again, or move it away to do without labels")
+    values = np.asarray(found[first:last]).reshape(-1).tolist()
+    return [value.decode(errors="replace") if isinstance(value, bytes) else str(value) for value in values]

@@ -1,6 +1,7 @@
 """Equal tiles, found by their digests however many there are: which of them stay, and a line for each that goes."""
 
 import json
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -31,10 +32,8 @@ def kept(opened: dict[int, spool.Unit], settings: Settings) -> tuple[dict[int, n
             dropped += group.held_elsewhere(name, digests[_part(digests, parts) == part])
         if settings.duplicates == "drop":
             dropped += group.settled(settings.conflicts)
-    counts: dict[str, int] = {}
-    for line in dropped:
-        counts[line["reason"]] = counts.get(line["reason"], 0) + 1
-    return keep, counts, "".join(_lines(dropped, opened))
+    counts = Counter(line["reason"] for line in dropped)
+    return keep, {reason: counts[reason] for reason in sorted(counts)}, "".join(_lines(dropped, opened))
 
 
 Dropped = dict[str, Any]        # a line of rejected.jsonl, but for the words of its slide: "unit" and "who" tell them

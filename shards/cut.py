@@ -15,6 +15,7 @@ import resource
 import signal
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerContext, ForkServerProcess
@@ -28,14 +29,17 @@ from shards import annotation, folder, show, spool, tiles, tissue
 from shards.folder import StorageError
 from shards.index import ShardError
 from shards.settings import CUT, Settings
-from shards.slide import ASSUMED_MPP, Picture, Slide
+from shards.slide import ASSUMED_MPP, Picture, Slide, SlideError
 from shards.sources import Source, key
 from shards.tiles import Rejected, Tile
 
 Progress = Callable[[str, int, int], None]      # what is being done, how many are done, of how many
 
-DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)     # not a slide's fault
 GIGA = 1 << 30
+
+
+class Crashed(ShardError):
+    """A process that ended without a word: perhaps because of its slide, perhaps because somebody ended it."""
 
 
 class Running(NamedTuple):
@@ -69,6 +73,7 @@ def all_units(units: list[list[Source]], settings: Settings, work: Path, progres
     failed: list[Rejected] = []
     skipped: dict[int, dict[int, str]] = {}         # unit -> files in it that end their process, and how
     running: dict[int, Running] = {}
+    crashed: set[int] = set()
     context = processes()
     try:
         while waiting or running:
@@ -80,6 +85,10 @@ def all_units(units: list[list[Source]], settings: Settings, work: Path, progres
                     raise _in_need(error, units, work)
                 if error is None:
                     progress(what, len(mine) - len(waiting) - len(running), len(mine))
+                    continue
+                if isinstance(error, Crashed) and unit not in crashed:
+                    crashed.add(unit)           # once is no proof against the slide
+                    waiting.append(unit)
                     continue
                 at = _at(work, unit) if settings.kind == "tiles" else 0
                 if settings.kind == "tiles":        # once more, without the file that did it
@@ -143,10 +152,14 @@ def _said(says: Connection) -> Exception | None:
 
 def _crash(process: ForkServerProcess) -> Exception:
     code = process.exitcode or 0
+    if code == 255:         # what multiprocessing says where it cannot know
+        raise ShardError("the process that starts the others has ended, killed from outside or for want of memory; "
+                         "call again to go on")
     if code > 0:
-        return ShardError(f"its process ended before it began (exit code {code}); a script that calls write() itself "
-                          "lies in a file and does so below `if __name__ == \"__main__\":`")
-    return ShardError(f"its reader crashed ({signal.Signals(-code).name}): the file is damaged, or memory ran out")
+        raise ShardError(f"a process ended before it began (exit code {code}); a script that calls write() itself lies "
+                         "in a file and does so below `if __name__ == \"__main__\":`")
+    return Crashed(f"its reader crashed twice, now with {signal.Signals(-code).name}: the file is damaged, or memory "
+                   "ran out")
 
 
 def _at(work: Path, unit: int) -> int:
@@ -167,6 +180,18 @@ def _in_need(error: StorageError, units: list[list[Source]], work: Path) -> Stor
                                      "its end. What is done is kept: call again to go on")
 
 
+def refused(found: list[Source], settings: Settings, progress: Progress) -> Iterator[str]:
+    """Why slides would fail that can be opened in a moment to find out: a line each."""
+    for number, source in enumerate(found if settings.kind == "slides" else (), start=1):
+        try:
+            with _opened(source, settings):
+                if settings.labels == "annotations" or settings.inside:
+                    annotation.find(source.path, settings.annotations)
+        except (SlideError, ShardError) as error:
+            yield str(error)
+        progress("opening slides", number, len(found))
+
+
 # --- in the process of a unit
 
 
@@ -184,24 +209,25 @@ def end_with_parent() -> None:
 def _work(unit: list[Source], number: int, settings: Settings, work: Path, skip: dict[int, str],
           says: Connection) -> None:
     end_with_parent()
-    limit = int(settings.unit_memory_gb * GIGA)
-    resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))        # memory of our own, not files that are mapped
+    warnings.filterwarnings("ignore", module="PIL")     # what is odd about a picture is in its line, with its name
     try:
-        with folder.storage(work):
-            cut(unit, number, settings, work, skip)
+        limit, hard = int(settings.unit_memory_gb * GIGA), resource.getrlimit(resource.RLIMIT_DATA)[1]
+        limit = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))        # memory of our own, not files that are mapped
+        cut(unit, number, settings, work, skip)
     except MemoryError:
         says.send(ShardError(f"took more than unit_memory_gb={settings.unit_memory_gb:g} of memory; give it more, or "
                              "look at it"))
-    except StorageError as error:
-        says.send(error if error.errno in DISK else ShardError(f"cannot be read: {error}"))
+    except StorageError as error:       # of what we write: the job's concern, and not the slide's
+        says.send(error)
     except Exception as error:
         says.send(ShardError(str(error) if hasattr(error, "exit_code") else f"{type(error).__name__}: {error}"))
 
 
 def cut(unit: list[Source], number: int, settings: Settings, work: Path, skip: dict[int, str]) -> None:
     """One unit of work into the spool."""
-    with folder.storage(work):
-        writer = spool.Writer(work, number, cut=settings.kind in CUT)
+    with _writing(work):
+        writer = spool.Writer(work, number, cut=settings.kind in CUT, memory_gb=settings.unit_memory_gb)
     try:
         if settings.kind in CUT:
             mpp = _slide(unit[0], writer, settings)
@@ -209,14 +235,29 @@ def cut(unit: list[Source], number: int, settings: Settings, work: Path, skip: d
             mpp = None
             for item in _files(unit, number, settings, work, skip):
                 _take(item, writer, settings)
-        writer.close(mpp)
+        with _writing(work):
+            writer.close(mpp)
     finally:
         writer.discard()
 
 
+@contextlib.contextmanager
+def _writing(work: Path) -> Iterator[None]:
+    """Whatever the system refuses below is the job's storage, with advice where we have some."""
+    try:
+        with folder.storage(work):
+            yield
+    except StorageError:
+        raise
+    except OSError as error:
+        raise StorageError(error.errno or errno.EIO, f"{error.filename or work} cannot be written: {error.strerror}"
+                           ) from None
+
+
 def _take(item: Tile | Rejected, writer: spool.Writer, settings: Settings) -> None:
     if isinstance(item, Tile):
-        writer.add(item, tiles.order(settings, item.key), _about(item, settings))
+        with _writing(writer.work):
+            writer.add(item, tiles.order(settings, item.key), _about(item, settings))
     else:
         writer.reject(item)
 
@@ -279,11 +320,11 @@ def _slide(source: Source, writer: spool.Writer, settings: Settings) -> float:
         mpp = slide.mpp if np.isfinite(slide.mpp) else ASSUMED_MPP
         wanted = max(slide.width * mpp / show.OVERLAY_WIDTH, mpp)
         if wanted >= tissue.MASK_MPP:       # a large slide: what the mask was made from will do
-            scale = small.shape[1] / slide.width
-            picture = Image.fromarray(small).reduce(max(1, int(small.shape[1] / show.OVERLAY_WIDTH)))
-            show.overlay(np.asarray(picture), scale * picture.width / small.shape[1], found, kept, rejected, out)
+            picture = np.asarray(Image.fromarray(small).reduce(max(1, int(small.shape[1] / show.OVERLAY_WIDTH))))
         else:
-            show.overlay(slide.thumbnail(wanted), mpp / wanted, found, kept, rejected, out)
+            picture = slide.thumbnail(wanted)
+        with _writing(writer.work):
+            show.overlay(picture, picture.shape[1] / slide.width, found, kept, rejected, out)
         return slide.mpp
 
 

@@ -90,15 +90,23 @@ def read(folder: Path) -> Index:
                          "run the same `ssl-dist shard` command again to complete it")
     try:
         content = json.loads(path.read_text())
-        if content["format"] != FORMAT:
+        if not isinstance(content, dict) or content["format"] != FORMAT:
             raise ShardError(f"{path} has format {content['format']}, this version reads {FORMAT}; "
                              "shard again, or use the version that wrote it")
         for card in content["datasets"]:
             if missing := {"name", "classes"} - card.keys():
                 raise KeyError(f"a dataset card without {', '.join(sorted(missing))}")
         content["tars"] = [Tar(**tar) for tar in content["tars"]]
-        return Index(**content)
-    except (KeyError, TypeError, ValueError) as error:
+        found = Index(**content)
+        for value, kind in ((found.settings, dict), (found.fingerprint, str), (found.files, dict),
+                            *((card["name"], str) for card in found.datasets),
+                            *((card["classes"], list) for card in found.datasets),
+                            *((getattr(tar, name), kind) for tar in found.tars for name, kind in
+                              (("name", str), ("samples", int), ("bytes", int), ("sha256", str)))):
+            if not isinstance(value, kind):
+                raise TypeError(f"{value!r} where a {kind.__name__} belongs")
+        return found
+    except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
         if isinstance(error, ShardError):
             raise
         raise ShardError(f"{path} is not a readable index ({error}); restore it, or shard again") from error
@@ -203,6 +211,13 @@ def _write(path: Path, arrays: list[pa.Array]) -> None:
             folders.publish(draft, path)
         finally:
             draft.unlink(missing_ok=True)
+
+
+def hold_words(words: dict[str, list[str]]) -> None:
+    """Refuses more different words than a column of the sample table can code."""
+    for column in SCHEMA:
+        if pa.types.is_dictionary(column.type) and column.name in words:
+            _limit(column, len(words[column.name]))
 
 
 def _limit(field: pa.Field, words: int) -> None:

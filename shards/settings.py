@@ -1,13 +1,15 @@
 """What a shard job is told: one dataclass, whose fields say what may stand in a config."""
 
 import re
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 # What the groups of names=, or the columns of a table, may tell of a file.
 WORDS = ("slide", "patient", "site", "split", "label", "mpp")
 CUT = ("slides", "regions")     # kinds that are cut into tiles; the others are tiles already
+OF_CUTTING = ("size", "slide_mpp", "power", "passthrough", "max_tiles", "min_tissue", "min_contrast", "min_focus",
+              "max_pen", "max_blood", "labels", "inside", "min_label", "annotations")
 
 # What may differ between two calls that must write the same bytes.
 FREE = ("out", "workers", "part", "max_failed", "unit_seconds", "unit_memory_gb", "table")
@@ -90,12 +92,12 @@ class Settings:
         if self.kind == "slides" and not self.mpp:
             problems.append("mpp is not set: slides are cut at a resolution you name, in microns per pixel (0.5 is "
                             "20x)")
-        if len(set(self.mpp)) < len(self.mpp):
-            problems.append(f"mpp={self.mpp} names one resolution twice")
+        if len({round(mpp * 1000) for mpp in self.mpp}) < len(self.mpp):
+            problems.append(f"mpp={self.mpp} names one resolution twice, to a thousandth of a micron")
         if self.kind not in CUT:
-            given = [name for name, value in (("labels='annotations'", self.labels == "annotations"),
-                                              ("inside=true", self.inside), ("max_tiles", self.max_tiles)) if value]
-            problems += [f"{name} belongs to slides and regions, not to kind={self.kind!r}" for name in given]
+            plain = {each.name: each.default for each in fields(self)}
+            problems += [f"{name}={getattr(self, name)!r} belongs to slides and regions, not to kind={self.kind!r}"
+                         for name in OF_CUTTING if getattr(self, name) != plain[name]]
             if len(self.mpp) > 1:
                 problems.append(f"mpp={self.mpp}: tiles have one resolution, and are not cut to another; name one")
         out, source = Path(self.out).resolve(), Path(self.source).resolve()
@@ -106,6 +108,8 @@ class Settings:
             number, of = map(int, self.part.split("/"))
             if not 1 <= number <= of:
                 problems.append(f"part={self.part!r} is none of 1/{of} to {of}/{of}")
+        problems += [f"columns.{word}={name!r} is not the name of a column" for word, name in self.columns.items()
+                     if not isinstance(name, str)]
         unknown = [*(re.compile(self.names).groupindex.keys() - {*WORDS}), *(self.columns.keys() - {*WORDS, "file"})]
         problems += [f"{name!r} is not a word that we know of a file: {', '.join(WORDS)}" for name in unknown]
         return problems

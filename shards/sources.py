@@ -4,10 +4,10 @@ import contextlib
 import csv
 import dataclasses
 import hashlib
-import math
 import os
 import re
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +24,10 @@ SUFFIXES = {
 }
 # Files, or rows of an array, that one worker takes at a time: some seconds of work, or some megabytes of pixels.
 FILES_A_UNIT, ROWS_A_UNIT = 2000, 500
+# How other pictures end: of those, a person would want to know that they are not taken.
+PICTURES = {".czi", ".gif", ".gz", ".jp2", ".j2k", ".jxl", ".lif", ".npy", ".npz", ".qptiff", ".vsi", ".webp", ".zip",
+            *(suffix for known in SUFFIXES.values() for suffix in known)}
+MICRONS = (0.05, 100.0)
 # TCGA-<tissue source site>-<participant>: the first three parts of a barcode name the patient.
 TCGA = re.compile(r"TCGA-([A-Z0-9]{2})-[A-Z0-9]{4}(?![A-Z0-9])")
 
@@ -53,8 +57,8 @@ class Source:
         return self.file.rpartition("/")[2]
 
 
-def sources(settings: Settings) -> list[Source]:
-    """Every slide, image or array below the source folder, in the order of its path.
+def sources(settings: Settings, remark: Callable[[str], None] = lambda text: None) -> list[Source]:
+    """Every slide, image or array below the source folder, in the order of its path; `remark` is told what is odd.
 
     `names` is a regular expression searched in the path below the folder; its groups say what they say. A row of the
     table (slides.csv) goes before it, found by the file's name or by the slide that `names` found. A barcode of TCGA
@@ -68,9 +72,21 @@ def sources(settings: Settings) -> list[Source]:
     table = _table(path, settings.columns) if settings.kind != "arrays" else {}
     found: list[Source] = []
     used: set[str] = set()
-    for file in files(folder, suffixes, settings.skip):
+    alone: list[str] = []               # files that no row of the table tells of
+    begins: set[int] = set()            # hashes of what the keys of each file's tiles begin with
+    ignored: Counter[str] = Counter()
+    for file in files(folder, suffixes, settings.skip, ignored):
         source, row = _described(file, file[len(str(folder)):].lstrip("/"), settings, table)
         used |= row
+        if table and not row:
+            alone.append(source.filename)
+        if (begin := hash(_begins(source, settings))) in begins:
+            for other in found:
+                if _begins(other, settings) == _begins(source, settings):
+                    raise ShardError(f"{other.file} and {file} would be one to whoever trains on them: the tiles of "
+                                     "both would have the same names; rename one, tell slides apart with names=, or "
+                                     "shard the folders apart")
+        begins.add(begin)
         found.append(source)
     if not found:
         raise ShardError(f"nothing to shard below {folder}: no file ends in {', '.join(suffixes)}"
@@ -79,23 +95,44 @@ def sources(settings: Settings) -> list[Source]:
         raise ShardError(f"no row of {path} belongs to a file: it says {next(iter(table))!r}, the first file is "
                          f"{found[0].path.name!r}; write the names of files or slides, or tell with columns= which "
                          "column holds them")
+    unused = [name for name in table if name not in used]
+    for what, odd in ((f"rows of {path} belong to no file", unused), (f"files have no row in {path}", alone)):
+        if odd:
+            remark(f"{len(odd)} {what}, first {odd[0]!r}")
+    if ignored:
+        told = ", ".join(f"{count} {suffix}" for suffix, count in sorted(ignored.items()))
+        remark(f"files below {folder} that may be pictures and are not taken: {told}")
     if settings.kind == "arrays":
         found = [piece for source in found for piece in _pieces(source, settings.array)]
     return found
 
 
-def files(folder: Path, suffixes: tuple[str, ...], skip: str = "") -> Iterator[str]:
-    """Paths below `folder` that end so and that `skip` does not match, in order; of a DICOM series its first file."""
+def _begins(source: Source, settings: Settings) -> str:
+    return source.slide if settings.kind == "slides" else key(*source.name.split("/"))
+
+
+def files(folder: Path, suffixes: tuple[str, ...], skip: str = "", ignored: Counter[str] | None = None
+          ) -> Iterator[str]:
+    """Paths below `folder` that end so and that `skip` does not match, in order; of a DICOM series its first file.
+
+    `ignored` counts others that may be pictures, by how they end.
+    """
     series = set()
-    for path in _walk(str(folder)):
+    for path, there in _walk(str(folder), frozenset()):
         name = path.rpartition("/")[2]
-        if not name.lower().endswith(suffixes) or name.startswith("._"):
-            continue            # ._name is what a Mac leaves beside a file it copied
+        if not name.lower().endswith(suffixes) or name.startswith("._"):    # what a Mac leaves beside a file it copied
+            suffix = os.path.splitext(name)[1].lower()      # noqa: PTH122 - as text, see _walk
+            if ignored is not None and suffix in PICTURES and not name.startswith("._"):
+                ignored[suffix] += 1
+            continue
         relative = path[len(str(folder)):].lstrip("/")
         if relative.encode(errors="ignore") != os.fsencode(relative):
             raise ShardError(f"{os.fsencode(relative)!r} is not a name in UTF-8; rename it, or move it out of {folder}")
         if skip and re.search(skip, relative):
             continue
+        if not there:
+            raise ShardError(f"{path} is a link to {Path(path).readlink()}, which is not there; mount its disk, or "
+                             "remove the link")
         if name.lower().endswith(".dcm"):       # the levels of one slide are files of one series
             uid = dicom_series(Path(path))
             if uid in series:
@@ -104,15 +141,27 @@ def files(folder: Path, suffixes: tuple[str, ...], skip: str = "") -> Iterator[s
         yield path
 
 
-def _walk(folder: str) -> Iterator[str]:
-    """Every file below, as text: a million Path objects would take a gigabyte. Links to folders are not followed."""
+def _walk(folder: str, above: frozenset[tuple[int, int]]) -> Iterator[tuple[str, bool]]:
+    """Every file below as text, for a million Path objects would take a gigabyte; and whether it is there.
+
+    Links are followed, but never in a ring; a link may lead nowhere.
+    """
+    known = Path(folder).stat()
+    here = above | {(known.st_dev, known.st_ino)}
+    if len(here) == len(above):
+        raise ShardError(f"{folder} is a link to a folder that it lies in; remove it")
     with os.scandir(folder) as entries:
         inside = sorted(entries, key=lambda entry: entry.name)
     for entry in inside:
-        if entry.is_dir(follow_symlinks=False):
-            yield from _walk(entry.path)
-        elif entry.is_file():
-            yield entry.path
+        folders = files = False
+        with contextlib.suppress(OSError):      # a ring of links is neither
+            folders, files = entry.is_dir(), entry.is_file()
+        if folders:
+            yield from _walk(entry.path, here)
+        elif files:
+            yield entry.path, True
+        elif entry.is_symlink():
+            yield entry.path, False
 
 
 def units(settings: Settings, found: list[Source]) -> list[list[Source]]:
@@ -165,10 +214,12 @@ def _pieces(source: Source, array: str) -> list[Source]:
 
 
 def _microns(word: str, path: str) -> float:
+    low, high = MICRONS
     with contextlib.suppress(ValueError):
-        if 0 < (value := float(word)) < math.inf:
+        if low <= (value := float(word)) <= high:
             return value
-    raise ShardError(f"mpp={word!r} of {path} is not a number of microns per pixel; correct it in the table or names=")
+    raise ShardError(f"mpp={word!r} of {path} is not a number of microns per pixel ({low} to {high}); correct it in "
+                     "the table or names=")
 
 
 def _table(path: Path, columns: dict[str, str]) -> dict[str, dict[str, str]]:
@@ -182,6 +233,9 @@ def _table(path: Path, columns: dict[str, str]) -> dict[str, dict[str, str]]:
         raise ShardError(f"{path} is not a table in UTF-8 ({error}); export it again as CSV UTF-8") from None
     if not rows:
         return {}
+    if overlong := [number for number, row in enumerate(rows, start=2) if None in row]:
+        raise ShardError(f"{path} has more cells in line {overlong[0]} than in its first line; put words with "
+                         "commas in quotes, and save it with commas")
     if missing := [name for name in columns.values() if name not in rows[0]]:
         raise ShardError(f"{path} has no column {missing[0]!r} (it has {', '.join(rows[0])}); correct columns=")
     ours = {**{word: word for word in (*WORDS, "file")}, **columns}
@@ -191,8 +245,10 @@ def _table(path: Path, columns: dict[str, str]) -> dict[str, dict[str, str]]:
                          "it is: columns={slide: NAME}")
     table: dict[str, dict[str, str]] = {}
     for row in rows:
+        row[name] = (row[name] or "").strip()
         if row[name] in table:
             raise ShardError(f"{path} has more than one row for slide {row[name]!r}; keep the one that is right")
         # The column that the rows are found by names files, perhaps with their suffix: it renames no slide.
-        table[row[name]] = {word: row[ours[word]] for word in WORDS if row.get(ours[word]) and ours[word] != name}
+        table[row[name]] = {word: row[ours[word]].strip() for word in WORDS
+                            if (row.get(ours[word]) or "").strip() and ours[word] != name}
     return table

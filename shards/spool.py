@@ -4,6 +4,7 @@ A unit is whole or absent: its .json comes last. Rows are sorted in runs of boun
 tar) is one contiguous piece of each run, however large the slide.
 """
 
+import hashlib
 import json
 import os
 import socket
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from shards import folder, judge
+from shards.index import ShardError
 from shards.tiles import Rejected, Tile
 
 ROWS_AT_ONCE = 1 << 20      # rows sorted in memory at a time: some hundred megabytes
@@ -22,6 +24,7 @@ RUN_BYTES = 256 << 20       # tiles held in memory before they are written as on
 
 ROW = np.dtype([
     ("order", "<u8"), ("key", "S80"), ("start", "<i8"), ("size", "<i4"), ("about", "<i4"), ("crc32", "<u4"),
+    ("about_crc32", "<u4"),
     ("x", "<i4"), ("y", "<i4"), ("mpp", "<f4"), ("who", "<i4"), ("label", "<i4"), ("encoding", "<i4"),
     ("digest", "V16"),
 ])
@@ -52,9 +55,10 @@ class Words:
 class Writer:
     """Writes one unit."""
 
-    def __init__(self, work: Path, number: int, *, cut: bool):
-        """`cut`: one slide, of which the tiles are cut; else many files."""
+    def __init__(self, work: Path, number: int, *, cut: bool, memory_gb: float = 8.0):
+        """`cut`: one slide, of which the tiles are cut; else many files. A quarter of the memory is for tiles."""
         self.work, self.number, self.cut = work, number, cut
+        self.run_bytes = min(RUN_BYTES, int(memory_gb * (1 << 30) / 4))
         self.draft = path(work, number, f"{socket.gethostname()}-{os.getpid()}.draft")
         self.handle = self.draft.open("wb")
         self.rows: list[tuple] = []
@@ -69,13 +73,13 @@ class Writer:
         """One accepted tile, and the JSON that goes with it."""
         source = tile.source
         who = (source.slide, source.patient, source.site, source.split, source.filename)
-        self.rows.append((order, tile.key.encode(), 0, len(tile.image), len(about), zlib.crc32(tile.image), tile.x,
-                          tile.y, round(tile.mpp, 6), self.whos(who), self.labels(tile.label),
-                          self.encodings(tile.encoding), tile.digest))
+        self.rows.append((order, tile.key.encode(), 0, len(tile.image), len(about), zlib.crc32(tile.image),
+                          zlib.crc32(about), tile.x, tile.y, round(tile.mpp, 6), self.whos(who),
+                          self.labels(tile.label), self.encodings(tile.encoding), tile.digest))
         self.images.append(tile.image + about)
         self._slide(source)["looks"].append(tile.looks)
         self.held += len(tile.image) + len(about)
-        if self.held > RUN_BYTES:
+        if self.held > self.run_bytes:
             self._flush()
 
     def reject(self, item: Rejected) -> None:
@@ -107,7 +111,8 @@ class Writer:
         os.fsync(self.handle.fileno())
         self.handle.close()
         folder.publish(self.draft, path(self.work, self.number, "tiles"))
-        folder.write(path(self.work, self.number, "rows"), np.concatenate(self.runs).tobytes())
+        rows = np.concatenate(self.runs).tobytes()
+        folder.write(path(self.work, self.number, "rows"), rows)
         folder.write(path(self.work, self.number, "rejected"), lines(self.rejected))
         folder.write(path(self.work, self.number, "slides"), "".join(self._about(mpp)))
         counts: dict[str, int] = {}
@@ -116,7 +121,7 @@ class Writer:
         folder.write(path(self.work, self.number, "json"), json.dumps({
             "whos": list(self.whos.numbers), "labels": list(self.labels.numbers),
             "encodings": list(self.encodings.numbers), "runs": [len(run) for run in self.runs], "bytes": self.written,
-            "rejected": counts}))
+            "rejected": counts, "sha256": hashlib.sha256(rows).hexdigest()}))
 
     def _about(self, mpp: float | None) -> Iterable[str]:
         looks = [known["looks"] for known in self.slides.values()]
@@ -164,6 +169,10 @@ class Unit:
         self.bytes: int = known["bytes"]
         self.bounds = np.cumsum([0, *known["runs"]])
         file = path(work, number, "rows")
+        with file.open("rb") as handle:
+            if hashlib.file_digest(handle, "sha256").hexdigest() != known["sha256"]:
+                raise ShardError(f"{file} changed on disk; delete {work}/unit-{number:06d}.json and call again to cut "
+                                 "it anew")
         self.rows: np.ndarray = np.memmap(file, ROW, "r") if file.stat().st_size else np.empty(0, ROW)
 
     def whos(self) -> list[tuple[str, str, str, str, str]]:

@@ -92,10 +92,11 @@ def _read(work: Path, rows: np.ndarray) -> list[tuple[bytes, bytes]]:
             for at in range(low, high):
                 start, row = int(starts[at]) - begin, int(places[at])
                 image = content[start:start + int(sizes[at])]
-                if zlib.crc32(image) != rows["crc32"][row]:
-                    raise ShardError(f"the spool in {work} changed on disk (unit {units[at]}); delete {work} and shard "
-                                     "again")
-                found[row] = image, content[start + int(sizes[at]):int(ends[at]) - begin]
+                about = content[start + int(sizes[at]):int(ends[at]) - begin]
+                if zlib.crc32(image) != rows["crc32"][row] or zlib.crc32(about) != rows["about_crc32"][row]:
+                    raise ShardError(f"{spool.path(work, int(units[at]), 'tiles')} changed on disk; delete "
+                                     f"{spool.path(work, int(units[at]), 'json')} and call again to cut it anew")
+                found[row] = image, about
     return found
 
 

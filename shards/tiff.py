@@ -1,7 +1,6 @@
 """The JPEG tiles of a slide as they lie in its file, and pyramids of our own. The only tifffile."""
 
 import collections
-import contextlib
 import math
 import os
 from functools import partial
@@ -14,6 +13,7 @@ from PIL import Image
 from shards import jpeg
 from shards.jpeg import JpegError
 
+TISSUE = (190, 120, 170)
 CACHE = 64 << 20        # bytes of decoded tiles: some rows of a slide
 
 
@@ -39,15 +39,22 @@ class Level:
         return [divmod(number, self.columns)[::-1] for number in numbers]
 
     def mosaic(self, factor: int) -> np.ndarray:
-        """The whole level at 1/factor of its size (1, 2, 4, 8); what cannot be read is white, as what is outside."""
+        """The whole level at 1/factor of its size (1, 2, 4, 8); what was not scanned is white.
+
+        A damaged tile has the colour of tissue: it is to be asked for, and said to be unreadable, and not to be glass.
+        """
         step = -(-self.side // factor)
         rows = -(-self.height // self.side)
         whole = np.full((rows * step, self.columns * step, 3), 255, np.uint8)
         for row in range(rows):
             for column in range(self.columns):
-                with contextlib.suppress(JpegError):
-                    whole[row * step:(row + 1) * step, column * step:(column + 1) * step] = jpeg.decode(
-                        self.tile(column, row), factor)
+                if not self._sizes[row * self.columns + column]:
+                    continue
+                try:
+                    shown = jpeg.decode(self.tile(column, row), factor)
+                except JpegError:
+                    shown = np.full((step, step, 3), TISSUE, np.uint8)
+                whole[row * step:(row + 1) * step, column * step:(column + 1) * step] = shown
         return whole[:-(-self.height // factor), :-(-self.width // factor)]
 
     def region(self, x: int, y: int, width: int, height: int) -> np.ndarray:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from shards import arrays, jpeg, judge, tissue
 from shards.annotation import Annotation
@@ -23,6 +23,8 @@ from shards.tiff import Level
 # Pixels judged at once: 64 tiles of 256 squared, a dozen megabytes.
 BATCH = 64 * 256 * 256
 FILES_AT_ONCE = 64
+FORMATS = ("JPEG", "PNG", "TIFF", "BMP")         # whatever a file calls itself
+PIXELS = 89_478_485     # a picture of more is taken for a decompression bomb, by Pillow too
 SOURCE = "source"       # the encoding of bytes that we did not make
 UNSEEN = (math.nan, math.nan, math.nan)
 
@@ -189,15 +191,21 @@ def of_file(source: Source, settings: Settings) -> tuple[Tile, np.ndarray] | Rej
     """
     try:
         content = source.path.read_bytes()
-        with Image.open(io.BytesIO(content)) as image:
+    except OSError as error:            # the disk's fault and not the picture's: to be counted, and perhaps to stop at
+        raise SlideError(f"{source.file} cannot be read: {error.strerror}") from None
+    try:
+        with Image.open(io.BytesIO(content), formats=FORMATS) as image:
+            _refuse_odd(image)
             untouched = image.format == "JPEG" and image.mode == "RGB" and image.getexif().get(0x0112, 1) == 1
             # Decoded, at an eighth at least: what cannot be decoded must not reach a tar.
             shown: bytes | np.ndarray = content if untouched else pixels(image)
             size = image.size if untouched else (shown.shape[1], shown.shape[0])    # type: ignore[union-attr]
         small = jpeg.decode(content, judge.SCALE) if isinstance(shown, bytes) else judge.reduced(shown)
         encoded, encoding, digest = _encoded(shown, settings)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        return Rejected(source, "unreadable", _without_path(error, source))
+    except MemoryError:
+        raise
+    except Exception as error:          # whatever a reader of pictures stumbles over is the picture's fault
+        return Rejected(source, "unreadable", _sentence(error, source))
     mpp = source.mpp or next(iter(settings.mpp), math.nan)
     return Tile(key(*source.name.split("/")), source, 0, 0, mpp, size, source.label, encoded, encoding, digest,
                 UNSEEN), small
@@ -207,7 +215,7 @@ def of_array(source: Source, settings: Settings) -> Iterator[Tile]:
     """The images of one piece of an array, each a tile."""
     first, last = source.rows
     images, labels = arrays.read(source.path, settings.array, first, last)
-    words = arrays.words(source.path, settings.columns, first, last)
+    words = arrays.words(source.path, settings.array, settings.columns, first, last)
     mpp = source.mpp or next(iter(settings.mpp), math.nan)
     looks = _looks(judge.look(np.stack([judge.reduced(image) for image in images])))
     for number, (image, label, known) in enumerate(zip(images, labels, words, strict=True), start=first):
@@ -229,10 +237,21 @@ def picture(source: Source, settings: Settings) -> Picture:
         raise SlideError(f"{source.path} does not say its microns per pixel; give them in the mpp column of slides.csv"
                          ", or slide_mpp=0.25 for all, or leave mpp= out to cut it as it is")
     try:
-        with Image.open(source.path) as image:
+        with Image.open(source.path, formats=FORMATS) as image:
+            _refuse_odd(image)
             return Picture(source.path, pixels(image), mpp)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise SlideError(f"{source.path} is not a readable image: {_without_path(error, source)}") from None
+    except MemoryError:
+        raise
+    except Exception as error:
+        raise SlideError(f"{source.path} is not a readable image: {_sentence(error, source)}") from None
+
+
+def _refuse_odd(image: Image.Image) -> None:
+    if getattr(image, "n_frames", 1) > 1:
+        raise ValueError(f"it holds {image.n_frames} pictures, and only one could be taken")     # type: ignore
+    if image.width * image.height > PIXELS:
+        raise ValueError(f"{image.width} x {image.height} pixels are more than are decoded at once ({PIXELS}); make it "
+                         "a tiled TIFF and take it as a slide")
 
 
 def pixels(image: Image.Image) -> np.ndarray:
@@ -264,5 +283,8 @@ def _looks(looks: judge.Looks) -> list[tuple[float, float, float]]:
     return list(zip(looks.focus.tolist(), looks.density.tolist(), looks.hue.tolist(), strict=True))
 
 
-def _without_path(error: Exception, source: Source) -> str:
-    return str(error).replace(str(source.path), source.filename)
+def _sentence(error: Exception, source: Source) -> str:
+    """An error's words, the same in every run and wherever the file lies."""
+    if isinstance(error, UnidentifiedImageError):
+        return "no picture that we know" if source.path.stat().st_size else "it is empty"
+    return (str(error) or type(error).__name__).replace(source.file, source.filename)

@@ -9,6 +9,7 @@ import concurrent.futures
 import contextlib
 import errno
 import hashlib
+import importlib.metadata
 import json
 import os
 import re
@@ -21,7 +22,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from shards import annotation, copies, cut, folder, index, sources, spool, tar
+from shards import annotation, arrays, copies, cut, folder, index, sources, spool, tar
 from shards.cut import Progress
 from shards.folder import FolderInUse, StorageError
 from shards.index import ShardError
@@ -47,6 +48,7 @@ class Summary:
     tars: int
     rejected: dict[str, int]        # reason -> count
     untouched: bool                 # the folder was complete before
+    remarks: tuple[str, ...] = ()   # what is odd about the source, and is no error
 
 
 def write(settings: Settings, progress: Progress = lambda what, done, total: None) -> Summary | None:
@@ -54,30 +56,39 @@ def write(settings: Settings, progress: Progress = lambda what, done, total: Non
 
     Returns what there is then, or None for a part.
     """
-    units = sources.units(settings, sources.sources(settings))
-    decided = _decided(settings, units)
-    out = settings.out
+    remarks: list[str] = []
+    units = sources.units(settings, sources.sources(settings, remarks.append))
+    decided, out = _decided(settings, units), settings.out
+    _refuse_strangers(out)
     with contextlib.ExitStack() as held:
         if settings.part:       # parts hold the folder together; whoever publishes holds it alone
             with folder.hold(out, ".setup.lock", wait=True):
-                _prepare_part(out, decided)
+                _prepare_part(out, _note(decided, units))
                 held.enter_context(folder.hold(out, ".lock", shared=True))
         else:
             held.enter_context(folder.hold(out, ".lock"))
         if (out / "index.json").exists():
-            finished = _finished(out, decided)
+            finished = _finished(out, decided, settings)
             if not settings.part:
                 _discard(out / ".work")
-            return finished
+            return replace(finished, remarks=tuple(remarks))
         if settings.part:
             cut.all_units(units, settings, out / ".work", progress)
             return None
-        work = _work(out, decided)
+        work = _work(out, _note(decided, units))
         failed = cut.all_units(units, settings, work, progress)
         with folder.storage(out):
             summary = _publish(len(units), failed, settings, decided, units, progress)
         _discard(work)
-    return summary
+    return replace(summary, remarks=tuple(remarks))
+
+
+def _refuse_strangers(out: Path) -> None:
+    """A folder that was somebody else's before is not written to: tars and pages of the same names would go."""
+    ours = (out / ".lock").exists() or (out / "index.json").exists()
+    if out.is_dir() and not ours and (there := sorted(path.name for path in out.iterdir())):
+        raise SettingsChanged(f"out={out} holds {there[0]!r} and is no shard folder; choose a new or an empty "
+                              "folder")
 
 
 def _decided(settings: Settings, units: list[list[sources.Source]]) -> dict[str, Any]:
@@ -88,25 +99,63 @@ def _decided(settings: Settings, units: list[list[sources.Source]]) -> dict[str,
         for source in unit:
             known = [source.filename, source.path.stat().st_size, source.name, source.slide, source.patient,
                      source.site, source.split, source.label, source.mpp, source.rows]
-            if settings.labels == "annotations" or settings.inside:     # small, and renaming a class keeps its size
-                with contextlib.suppress(ShardError):
-                    drawn = annotation.find(source.path, settings.annotations)
-                    known.append(hashlib.sha256(drawn.read_bytes()).hexdigest())
-            listing.update(json.dumps(known).encode(errors="surrogateescape"))
+            listing.update(json.dumps([*known, *_beside(source, settings)]).encode(errors="surrogateescape"))
             files += 1
-    for other in settings.against:
-        listing.update(index.read(other).fingerprint.encode())
-    return {**decided, "files": files, "listing": listing.hexdigest()}
+    others = [index.read(other).fingerprint for other in settings.against]
+    return {**decided, "files": files, "listing": listing.hexdigest(), "against_fingerprints": others}
 
 
-def _finished(out: Path, decided: dict[str, Any]) -> Summary:
+def _beside(source: sources.Source, settings: Settings) -> list[Any]:
+    """Of files that a source is read together with: digests of small ones, names and sizes of large ones."""
+    if settings.kind == "arrays":       # every piece would say the same
+        return [] if source.rows[0] else [_digest(path) for path in arrays.neighbours(source.path)]
+    if settings.labels == "annotations" or settings.inside:
+        with contextlib.suppress(ShardError):
+            return [_digest(annotation.find(source.path, settings.annotations))]
+    if source.file.lower().endswith((".mrxs", ".vms", ".vmu")):
+        folder = source.path.with_suffix("") if source.file.lower().endswith(".mrxs") else source.path.parent
+        return [[path.name, path.stat().st_size] for path in sorted(folder.glob("*")) if path.is_file()]
+    return []
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def _note(decided: dict[str, Any], units: list[list[sources.Source]]) -> str:
+    """What half-done work must agree with: all that decides the bytes, the times of its files, and what decodes them.
+
+    Times stand in no finished folder, for the same files may be copied; but half a job must not see a file change.
+    """
+    times = hashlib.sha256()
+    for unit in units:
+        for source in unit:
+            times.update(source.path.stat().st_mtime_ns.to_bytes(8, "big"))
+    versions = {name: importlib.metadata.version(name) for name in ("openslide-bin", "pillow", "simplejpeg")}
+    return json.dumps({**decided, "files' times": times.hexdigest(), "versions": versions}, sort_keys=True)
+
+
+def _change(before: dict[str, Any], now: dict[str, Any]) -> str:
+    """The first thing that is not as it was, in words; "" where all is."""
+    for name in now:
+        if before.get(name) != now[name]:
+            return {"files": "the files of the source changed", "listing": "the files of the source changed",
+                    "files' times": "files of the source were written again",
+                    "against_fingerprints": "a folder that against= names changed"}.get(
+                        name, f"{name} was {before.get(name)!r}, now {now[name]!r}")
+    return ""
+
+
+def _finished(out: Path, decided: dict[str, Any], settings: Settings) -> Summary:
     found = index.read(out)
-    if changed := [name for name in decided if found.settings.get(name) != decided[name]]:
-        name = changed[0]
-        what = ("the files of the source changed" if name in ("files", "listing") else
-                f"{name} was {found.settings.get(name)!r}, now {decided[name]!r}")
+    if what := _change(found.settings, decided):
         raise SettingsChanged(f"out={out} holds shards written from something else ({what}); choose another out, or "
                               "delete that folder first")
+    failed = found.datasets[0].get("rejected", {}).get("failed", 0)
+    if failed > settings.max_failed:
+        raise ShardError(f"{out} is complete but for {failed} that failed (rejected.jsonl names them), and max_failed "
+                         f"is {settings.max_failed} now; allow for them, or delete {out}/index.json to cut all anew")
     sizes: dict[str, int | None] = {tar.name: tar.bytes for tar in found.tars}
     for name, size in (sizes | {Path(name).with_suffix(".idx").name: None for name in sizes}
                        | dict.fromkeys(found.files)).items():
@@ -116,13 +165,13 @@ def _finished(out: Path, decided: dict[str, Any]) -> Summary:
     return Summary(out, found.samples, len(found.tars), found.datasets[0].get("rejected", {}), untouched=True)
 
 
-def _prepare_part(out: Path, decided: dict[str, Any]) -> None:
+def _prepare_part(out: Path, note: str) -> None:
     """The folder of half-done work for one part of many: set up by the first, and agreed to by the others."""
-    if (out / "index.json").exists() or _noted(out / ".work") == json.dumps(decided, sort_keys=True):
+    if (out / "index.json").exists() or _noted(out / ".work") == note:
         return
     try:
         with folder.hold(out, ".lock"):
-            _work(out, decided)
+            _work(out, note)
     except FolderInUse as error:
         raise SettingsChanged(f"{error}, with other settings or another source than this part has; give all parts the "
                               "same") from None
@@ -132,12 +181,16 @@ def _noted(work: Path) -> str | None:
     return (work / "settings.json").read_text() if (work / "settings.json").exists() else None
 
 
-def _work(out: Path, decided: dict[str, Any]) -> Path:
-    """The folder of half-done work; what other settings left there is of no use and goes."""
-    work, note = out / ".work", json.dumps(decided, sort_keys=True)
+def _work(out: Path, note: str) -> Path:
+    """The folder of half-done work. What other settings cut there may be days of it: it is not thrown away unasked."""
+    work = out / ".work"
     old = _noted(work)
     if old != note:
         if old is not None:
+            if units := sum(path.stat().st_size > 0 for path in work.glob("unit-*.tiles")):
+                raise SettingsChanged(f"{work} holds {units} finished pieces of a job that was told something else "
+                                      f"({_change(json.loads(old), json.loads(note))}); delete {work} to begin anew, "
+                                      "or choose another out")
             _remove_tars(out, json.loads(old)["dataset"])
         _discard(work)
     folder.make(work)
@@ -152,7 +205,9 @@ def _discard(work: Path) -> None:
     """Removes half-done work, its note first: what a kill leaves of the rest is then nobody's, and goes next time."""
     if work.exists():
         (work / "settings.json").unlink(missing_ok=True)
-        shutil.rmtree(work)
+        shutil.rmtree(work.resolve())
+        if work.is_symlink():       # to a scratch disk
+            work.unlink()
 
 
 # --- the second phase
@@ -187,6 +242,7 @@ def _publish(count: int, failed: list[Rejected], settings: Settings, decided: di
                          "limits in the config (min_tissue, min_focus, ...)"
                          + (f"; the last that failed: {failed[-1].detail}" if failed else ""))
     words = _words(opened, keep)
+    index.hold_words(words._asdict())
     tars = max(1, round(samples / settings.tar_samples))
     bounds = np.linspace(0, samples, tars + 1).round().astype(int)
     _room(out, sum(unit.bytes for unit in opened.values()), samples, settings.dataset)

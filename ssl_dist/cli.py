@@ -152,7 +152,7 @@ def datasets(look: Annotated[list[str] | None, typer.Argument(
 def shard(config: Config, overrides: Overrides = None, print_config: PrintConfig = False, dry_run: DryRun = False,
           debug: Debug = False) -> int:        # noqa: ARG001
     """Cut slides, or take tile folders, into a shard folder; CONFIG may be a dataset's record, or a job over many."""
-    from shards import catalogue, sources
+    from shards import catalogue
     from shards.settings import Settings
     from ssl_dist import config as configs
     from ssl_dist import schema
@@ -170,9 +170,7 @@ def shard(config: Config, overrides: Overrides = None, print_config: PrintConfig
     if print_config:
         say(schema.dump(settings).rstrip())
     elif dry_run:
-        found = sources.sources(settings)
-        patients = len({each.patient for each in found} - {""})
-        say(f"{len(found)} {settings.kind} of {patients or 'unknown'} patients in {settings.source}")
+        return _rehearse(settings)
     else:
         say(*_written(settings))
     return 0
@@ -184,20 +182,37 @@ def _typed(setting: tuple[str, Any]) -> str:
     return f"{name}={value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)}"
 
 
+def _rehearse(settings: Any) -> int:
+    """Opens every slide and finds its annotation: all that a job of days would be stopped by is said at once."""
+    from shards import cut, sources
+
+    remarks: list[str] = []
+    found = sources.sources(settings, remarks.append)
+    patients = len({each.patient for each in found} - {""})
+    with bars() as progress:
+        refused = list(cut.refused(found, settings, progress))
+    say(f"{len(found)} {settings.kind} of {patients or 'unknown'} patients in {settings.source}", *remarks, *refused)
+    if len(refused) > settings.max_failed:
+        say(f"{len(refused)} of {len(found)} would fail, max_failed={settings.max_failed}")
+        return 3
+    return 0
+
+
 def _written(settings: Any) -> list[str]:
     """Does one shard job; returns what there is to say of it."""
     from shards import gallery, show, write
 
     with bars() as progress:
         done = write.write(settings, progress)
-        if done and not done.untouched:
+        # Also where an earlier call was killed before it had drawn them.
+        if done and not settings.part and not (done.untouched and (done.out / "show.html").exists()):
             show.sheets(done.out)
             gallery.write(done.out)
     if done is None:
         return [f"{settings.out}: part {settings.part} is cut; when all are, call again without part="]
     left_out = ", ".join(f"{count} {reason}" for reason, count in sorted(done.rejected.items())) or "none"
     return [f"{done.out}: {done.samples} tiles in {done.tars} tars" + (", complete before" if done.untouched else ""),
-            f"left out: {left_out}"]
+            f"left out: {left_out}", *(f"note: {remark}" for remark in done.remarks)]
 
 
 def _shard_many(path: Path, words: list[str], print_config: bool, dry_run: bool) -> int:

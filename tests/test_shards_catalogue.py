@@ -16,7 +16,7 @@ from PIL import Image
 from typer.testing import CliRunner, Result
 
 from shards import catalogue, check, index, sources, synthetic
-from shards.settings import Settings
+from shards.settings import CUT, Settings
 from ssl_dist import cli, schema
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -29,6 +29,7 @@ NAMES = """
     lymph lyon19 mbm mitos-atypia monusac monuseg nct-crc-he nuclick osteosarcoma paip2019 paip2020 panda pannuke pcam
     post-nat-brca sln-breast tcga tcga-ucec tnbc tupac16 tupac16-aux ucsb""".split()        # noqa: SIM905
 DOWNSTREAM = ("bach", "lymph", "breakhis", "nct-crc-he", "gleason2019", "digestpath-tissue", "breastpathq")
+CUTTING = ("size=64", "min_focus=0", "min_tissue=0.1")
 RECORDS = catalogue.records(REGISTRY)
 
 
@@ -58,8 +59,10 @@ def put(path: Path, content: object, slide: Path | None = None) -> Path:
         path.write_text(content)
     elif path.suffix == ".h5":
         with h5py.File(path, "w") as file:
-            file["y" if path.stem.endswith("_y") else "x"] = np.stack(
-                [np.asarray(picture(len(path.stem) + number, 16)) for number in range(3)])
+            if path.stem.endswith("_y"):
+                file["y"] = np.arange(3, dtype=np.uint8).reshape(3, 1, 1, 1) % 2
+            else:
+                file["x"] = np.stack([np.asarray(picture(len(path.stem) + number, 16)) for number in range(3)])
     elif slide is not None and path.suffix in sources.SUFFIXES["slides"]:
         os.link(slide, path)
     else:
@@ -236,8 +239,9 @@ def test_slides_regions_tiles_and_arrays_are_written_by_their_records(tmp_path: 
     region = put(root / "consep" / "CoNSeP/Train/Images/train_1.png", None)
     Image.fromarray(painting.pixels).save(region)
     for name in ("tcga-ucec", "consep", "nct-crc-he", "pcam"):
-        done = ssl_dist("shard", f"datasets/{name}", f"source={root / name}", f"out={out / name}", "size=64",
-                        "workers=2", "min_focus=0", "min_tissue=0.1", *(["mpp=0.5"] if name == "consep" else []))
+        done = ssl_dist("shard", f"datasets/{name}", f"source={root / name}", f"out={out / name}",
+                        "workers=2", *(CUTTING if catalogue.read(ROOT / f"configs/datasets/{name}.yaml").kind in CUT
+                                       else []), *(["mpp=0.5"] if name == "consep" else []))
         assert done.exit_code == 0, done.stderr
         assert not check.check(out / name)
         card = index.read(out / name).datasets[0]

@@ -73,7 +73,7 @@ def looks_of(small: np.ndarray) -> dict[str, float]:
         red, green, blue = (density(value) for value in pixel)
         each = (red + green + blue) / 3
         inked = red > 1.3 * green and each > 0.2
-        black = each > 1.0 and max(red, green, blue) - min(red, green, blue) < 0.2 * each
+        black = each > 0.6 and max(red, green, blue) - min(red, green, blue) < 0.2 * each
         pen += inked or black
         blood += green > 0.45 and blue > 0.6 * green and red < 0.35 * green
         total, apart = total + each, apart + red - blue
@@ -119,7 +119,7 @@ def test_a_tile_is_judged_alone_whoever_is_looked_at_beside_it(crops: list[np.nd
 def test_in_a_small_tile_sharpness_cannot_be_told_and_nothing_is_called_blurred() -> None:
     flat = np.asarray(Image.linear_gradient("L").resize((88, 88)).convert("RGB"))
     assert np.isnan(judge.look(judge.reduced(flat)[None]).focus[0])
-    assert reasons([flat], LIMITS._replace(min_focus=100)) == [""]
+    assert reasons([flat], LIMITS._replace(min_focus=100, max_pen=1)) == [""]
     for side in (8, 16, 24):        # an eighth of it is a pixel, two, three
         assert reasons([np.full((side, side, 3), 128, np.uint8)]) == ["blank"]
 

@@ -64,8 +64,40 @@ def test_the_suffix_says_whether_a_file_is_meant_and_what_a_mac_leaves_is_not(tm
             "._a.svs", "deep/._g.jpg", "notes.txt", "svs", "a.svs.part", "j.jpg.md5")
     (tmp_path / "folder.jpg").mkdir()
     (tmp_path / "folder.svs").mkdir()
-    (tmp_path / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    (tmp_path / "gone.csv").symlink_to(tmp_path / "nowhere.csv")
     assert set(found(tmp_path, kind=kind, mpp=0.5)) == taken
+
+
+def test_links_are_followed_and_one_that_leads_nowhere_or_in_a_ring_is_named(tmp_path: Path) -> None:
+    touched(tmp_path / "in", "a/1.png")
+    touched(tmp_path / "elsewhere", "b/2.png")
+    (tmp_path / "in" / "patient9").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "in" / "3.png").symlink_to(tmp_path / "elsewhere" / "b" / "2.png")
+    assert set(found(tmp_path / "in")) == {"3.png", "a/1.png", "patient9/b/2.png"}
+    (tmp_path / "in" / "4.png").symlink_to(tmp_path / "unmounted.png")
+    with pytest.raises(index.ShardError, match=r"4\.png is a link to .*unmounted\.png, which is not there; mount"):
+        found(tmp_path / "in")
+    (tmp_path / "in" / "4.png").unlink()
+    (tmp_path / "in" / "ring").symlink_to(tmp_path / "in")
+    with pytest.raises(index.ShardError, match=r"ring is a link to a folder that it lies in"):
+        found(tmp_path / "in")
+
+
+def test_what_is_odd_about_a_source_is_remarked(tmp_path: Path) -> None:
+    touched(tmp_path, "a.png", "b.png", "c.czi", "d.czi", "e.gif", "notes.txt")
+    (tmp_path / "slides.csv").write_text("slide,patient\na ,p\nz,q\n")
+    said: list[str] = []
+    settings = write.Settings(tmp_path, tmp_path / "out", "a", kind="tiles")
+    assert [(one.slide, one.patient) for one in sources.sources(settings, said.append)] == [("a", "p"), ("b", "")]
+    assert [line.split("first")[-1].strip() for line in said[:2]] == ["'z'", "'b.png'"]
+    assert "1 rows of" in said[0] and "1 files have no row" in said[1] and said[2].endswith("not taken: 2 .czi, 1 .gif")
+
+
+@pytest.mark.parametrize("kind", ["slides", "tiles"])
+def test_two_files_whose_tiles_would_be_one_are_refused_before_anything_is_cut(tmp_path: Path, kind: str) -> None:
+    touched(tmp_path, *(["a/s.svs", "b/s.svs"] if kind == "slides" else ["s.png", "s.jpg"]))
+    with pytest.raises(index.ShardError, match=r"s\..* and .*s\..* would be one .*rename one"):
+        found(tmp_path, kind=kind, mpp=0.5)
 
 
 def test_what_skip_matches_is_no_image_of_the_set(tmp_path: Path) -> None:
@@ -271,8 +303,8 @@ def test_the_slide_that_names_find_for_an_array_is_the_slide_of_its_images(pcam:
 
 
 @pytest.mark.parametrize(("damage", "says"), [
-    ("short y", r"valid_y\.h5 has no label for each image in its array 'y'"),
-    ("no y in it", r"valid_y\.h5 has no label for each image"),
+    ("short y", r"valid_y\.h5: array 'y' is .* not one whole number or word for each of 7 images"),
+    ("no y in it", r"valid_y\.h5: array 'y' is not there, not one"),
     ("floats", r"valid_x\.h5: array 'x' is float32 of shape \(7, 32, 32, 3\), not images .* of 8 bits; it has x"),
     ("channels first", r"array 'x' is uint8 of shape \(7, 3, 32, 32\), not images"),
     ("flat", r"array 'x' is uint8 of shape \(7, 3072\), not images"),
@@ -280,8 +312,8 @@ def test_the_slide_that_names_find_for_an_array_is_the_slide_of_its_images(pcam:
     ("a group", r"array 'x' is not there"),
     ("truncated", r"valid_x\.h5 is not a readable HDF5 file .*get it again, or unpack it first"),
     ("gzipped", r"valid_x\.h5 is not a readable HDF5 file"),
-    ("short table", r"valid_meta\.csv has not one row an image with columns wsi"),
-    ("other columns", r"valid_meta\.csv has not one row an image with columns wsi"),
+    ("short table", r"valid_meta\.csv has not one row for each of 7 images, with columns wsi"),
+    ("other columns", r"valid_meta\.csv has not one row for each of 7 images, with columns wsi"),
     ("broken chunk", r"valid_x\.h5 is damaged"),
 ])
 def test_an_array_that_is_not_what_it_should_be_is_refused_in_a_line(pcam: write.Settings, damage: str,
