@@ -94,8 +94,8 @@ class Slide:
         if missing_mpp is not None:
             return missing_mpp
         raise SlideError(f"{self.path} does not say its microns per pixel; if you know it, give it in the mpp column "
-                         f"of slides.csv, or slide_mpp=0.25 for all slides that do not say theirs{hint}, or leave the "
-                         "slide out with max_failed=1")
+                         f"of slides.csv, or slide_mpp=0.25 for all slides that do not say theirs{hint}, or move "
+                         "the slide out of the source folder")
 
     def level(self, mpp: float) -> tuple[int, float]:
         """The level to read for `mpp`, the next finer one, and its pixels' width in level-0 pixels."""
