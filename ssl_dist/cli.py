@@ -141,7 +141,8 @@ def datasets(look: Annotated[list[str] | None, typer.Argument(
     table = Table("name", "organ", "kind", "images", "licence", "files", box=None, pad_edge=False)
     for row in rows:
         table.add_row(*("" if value is None else str(value or "none") for value in row.values()))
-    Console(soft_wrap=not sys.stdout.isatty()).print(table)
+    # Into a pipe a row is a line, however long: for grep.
+    Console(width=None if sys.stdout.isatty() else 400).print(table)
     if where.root:
         say(f"{sum(bool(row['files']) for row in rows)} of {len(rows)} lie under {where.root}")
     return None
@@ -241,20 +242,20 @@ def _shard_many(path: Path, words: list[str], print_config: bool, dry_run: bool)
     ready = list(told())        # every mistake in a record is found before any tile is written
     if dry_run:
         say(*(f"{each.dataset}: {files[each.dataset]} {each.kind} in {each.source} -> {each.out}" for each in ready))
-    failed = 0
+    failed = []     # exit codes
     for settings in () if dry_run else told():
         try:
             say(f"{settings.dataset}: " + "; ".join(_written(settings)))
         except Exception as error:
             if getattr(error, "exit_code", 9) == 9:     # a full disk is everybody's, and a bug is ours
                 raise
-            failed += 1
+            failed.append(getattr(error, "exit_code", 3))
             say(f"{settings.dataset}: failed: {error}")
-    say(f"{len(here) - failed} of {len(asked)} datasets " + ("would be written" if dry_run else "are written")
-        + (f", {failed} failed" if failed else ""))
+    say(f"{len(here) - len(failed)} of {len(asked)} datasets " + ("would be written" if dry_run else "are written")
+        + (f", {len(failed)} failed" if failed else ""))
     if missing := [name for name, count in files.items() if not count]:
         say(f"not under {many.root}: {', '.join(missing)}")
-    return 3 if failed else 0
+    return (failed[0] if len(set(failed)) == 1 else 3) if failed else 0
 
 
 @app.command()
