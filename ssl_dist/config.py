@@ -24,6 +24,9 @@ class Data:
     only: dict[str, Any] = field(default_factory=dict, metadata={
         "help": f"lists of words by column ({', '.join(COLUMNS)}): only tiles that have one of each"})
     block: Path | None = field(default=None, metadata={"exists": True, "help": "a file of keys that are left out"})
+    bad: str = field(default="quarantine", metadata={
+        "choices": ("quarantine", "fail"), "help": "tiles that cannot be used: list them and take others, or stop"})
+    max_bad: int = field(default=100, metadata={"range": (0, 10**9), "help": "so many are listed before the run stops"})
     mixture: str = field(default="natural", metadata={"choices": ("natural", "even", "temperature", "weights"),
                                                       "help": "how much of the run each dataset gets"})
     temperature: float = field(default=2.0, metadata={"range": (0.1, 1000), "help": "share: size ** (1 / temperature)"})

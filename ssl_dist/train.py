@@ -24,6 +24,7 @@ from ssl_dist.config import ConfigError, Train
 from ssl_dist.data import mixture
 from ssl_dist.data.batch import Batch
 from ssl_dist.data.loader import Loader
+from ssl_dist.data.quarantine import Quarantine
 from ssl_dist.data.reader import Reader
 from ssl_dist.data.stream import Stream
 from ssl_dist.engine import Engine
@@ -84,7 +85,9 @@ def _train(settings: Train, path: Path, run: runs.Run, device: torch.device, rea
         folder.write(path / "config.yaml", schema.dump(settings))
         folder.write_json(path / "env.json", runs.environment())
     loader = Loader(reader, stream, method.views, rank=dist.rank(), world=dist.world(), device=device,
-                    threads=settings.data.threads or threads, ahead=settings.data.ahead)
+                    threads=settings.data.threads or threads, ahead=settings.data.ahead,
+                    quarantine=Quarantine(path / "quarantine.jsonl", settings.data.max_bad)
+                    if settings.data.bad == "quarantine" else None)
     log = Log(path, settings.steps, start)
     ledger = Ledger(path, reader) if settings.debug.ledger else None
     if dist.rank() == 0 and start == 0 and settings.log.pictures:

@@ -1,5 +1,6 @@
 """Batches: resumed, shared among ranks and held against the parts they are made of; and what a bad tile does."""
 
+import json
 import shutil
 import threading
 import zlib
@@ -16,6 +17,7 @@ from shards.index import ShardError
 from ssl_dist.data import augment, dali, opencv
 from ssl_dist.data.batch import Batch, View
 from ssl_dist.data.loader import Loader
+from ssl_dist.data.quarantine import Quarantine
 from ssl_dist.data.reader import Reader
 from ssl_dist.data.stream import Stream
 
@@ -32,10 +34,10 @@ def _closed() -> Iterator[None]:
 
 
 def loader(shard: Path, *, split: str = "train", rank: int = 0, world: int = 1, ahead: int = 3,
-           views: tuple[View, ...] = VIEWS, batch: int = BATCH) -> Loader:
+           views: tuple[View, ...] = VIEWS, batch: int = BATCH, quarantine: Quarantine | None = None) -> Loader:
     reader = Reader([shard], split)
     made.append(Loader(reader, Stream(reader.counts, seed=5, window=2, batch=batch), views, rank=rank, world=world,
-                       device=torch.device("cpu"), threads=2, ahead=ahead))
+                       device=torch.device("cpu"), threads=2, ahead=ahead, quarantine=quarantine))
     return made[-1]
 
 
@@ -163,6 +165,83 @@ def test_a_tile_that_changed_on_disk_ends_the_batches(shard: Path, tmp_path: Pat
     with pytest.raises(ShardError, match="changed on disk") as refused:
         list(mine.batches(0, 6))
     assert repr(columns["key"]) in str(refused.value)
+
+
+# --- quarantine
+
+
+def hurt(shard: Path, copy: Path) -> tuple[dict[str, str], set[int]]:
+    """A copy with three tiles that are no pictures and two whose bytes changed; keys with what is said, and rows."""
+    chosen = [int(row) for row in loader(shard).reader.all_rows()[[0, 9, 17, 25, 33]]]
+    broken(shard, copy, chosen[:3])
+    reader = Reader([copy], "train")
+    for row in chosen[3:]:
+        _, tar, offset = reader.place(row)
+        with tar.open("r+b") as handle:
+            handle.seek(offset + 40)
+            handle.write(b"\0\1\2\3\4\5")
+    said = {key: "decode" if row in chosen[:3] else "its bytes changed on disk"
+            for row, key in zip(chosen, reader.column("key", np.array(chosen)), strict=True)}
+    return said, set(chosen)
+
+
+def test_bad_tiles_are_listed_once_and_others_take_their_places_on_any_number_of_ranks(shard: Path,
+                                                                                     tmp_path: Path) -> None:
+    said, bad = hurt(shard, tmp_path / "hurt")
+    sound, mine = loader(shard), loader(tmp_path / "hurt", quarantine=Quarantine(tmp_path / "list.jsonl", 5))
+    steps = 2 * sound.stream.steps_an_epoch
+    expected, got = list(sound.batches(0, steps)), list(mine.batches(0, steps))
+    replaced = 0
+    for one, other in zip(expected, got, strict=True):
+        stays = np.array([row not in bad for row in one.rows.tolist()])
+        assert np.array_equal(one.rows[stays], other.rows[stays])
+        assert not set(other.rows.tolist()) & bad
+        for first, second in zip(one.views, other.views, strict=True):
+            assert torch.equal(first[stays], second[stays]), "what is sound is as it was, crop and colour"
+        assert all(map(np.array_equal, one.boxes, other.boxes))
+        replaced += int((~stays).sum())
+    assert replaced > 6
+    listed = [json.loads(line) for line in (tmp_path / "list.jsonl").read_text().splitlines()]
+    assert len(listed) == len({line["key"] for line in listed})
+    assert {line["key"] for line in listed} <= set(said) and len(listed) >= 4
+    for line in listed:
+        assert (line["reason"] == "its bytes changed on disk") == (said[line["key"]] != "decode")
+        assert (tmp_path / "hurt").samefile(Path(line["tar"]).parent) and line["offset"] > 0
+    # Two ranks, and an attempt that begins in the middle and knows the list, put the same tiles there.
+    for world in (1, 2, 3):
+        ranks = [loader(tmp_path / "hurt", rank=rank, world=world, quarantine=Quarantine(tmp_path / "list.jsonl", 5))
+                 for rank in range(world)]
+        for step in range(3, steps):
+            shares = [each.make(step) for each in ranks]
+            assert np.array_equal(np.concatenate([share.rows for share in shares]), got[step].rows)
+            assert torch.equal(torch.cat([share.views[0] for share in shares]), got[step].views[0])
+    assert len((tmp_path / "list.jsonl").read_text().splitlines()) == len(listed), "none is listed twice"
+
+
+def test_more_bad_tiles_than_the_budget_end_the_batches_with_the_list(shard: Path, tmp_path: Path) -> None:
+    hurt(shard, tmp_path / "hurt")
+    mine = loader(tmp_path / "hurt", quarantine=Quarantine(tmp_path / "list.jsonl", 1))
+    with pytest.raises(ShardError, match=r"2 tiles cannot be used, data\.max_bad=1; .*list\.jsonl lists") as refused:
+        list(mine.batches(0, 20))
+    assert refused.value.exit_code == 3
+
+
+def test_where_no_tile_of_a_tar_is_sound_the_batches_end(shard: Path, tmp_path: Path) -> None:
+    rows = loader(shard).reader.all_rows()
+    broken(shard, tmp_path / "broken", rows.tolist())
+    mine = loader(tmp_path / "broken", quarantine=Quarantine(tmp_path / "list.jsonl", 10**6))
+    with pytest.raises(ShardError, match="holds 16 bad tiles for one place"):
+        mine.make(0)
+
+
+def test_a_list_with_a_line_cut_short_is_gone_on_with(tmp_path: Path) -> None:
+    (tmp_path / "list.jsonl").write_text('{"key": "a", "tar": "t", "offset": 1, "reason": "r"}\n{"key": "b", "ta')
+    listed = Quarantine(tmp_path / "list.jsonl", 5)
+    assert listed.listed == {"a"}
+    listed.add("a", "t", 1, "r")
+    assert (tmp_path / "list.jsonl").read_text().count("\n") == 1
+    listed.add("c", "t", 2, "r")
+    assert Quarantine(tmp_path / "list.jsonl", 5).listed == {"a", "c"}
 
 
 def test_closing_with_batches_in_flight_ends(shard: Path) -> None:

@@ -135,6 +135,22 @@ class Reader:
 
     def read(self, rows: np.ndarray) -> list[np.ndarray]:
         """The encoded images of rows, each in fresh memory and with the checksum that the writer took."""
+        images = self.fetch(rows)
+        for row, image in zip(rows, images, strict=True):
+            if image is None:
+                key, tar, offset = self.place(row)
+                raise ShardError(f"{tar} changed on disk: tile {key!r} at byte {offset} (row {row}) is not what was "
+                                 f"written; run: ssl-dist check {tar.parent}")
+        return images       # type: ignore[return-value]
+
+    def place(self, row: int) -> tuple[str, Path, int]:
+        """Key, tar and offset of one row."""
+        key, tar, offset = (self.column(name, np.array([row]))[0] for name in ("key", "tar", "offset"))
+        folder = int(np.searchsorted(self._base, row, side="right")) - 1
+        return key, self.tars[int(self._tar_base[folder]) + tar], offset
+
+    def fetch(self, rows: np.ndarray) -> list[np.ndarray | None]:
+        """The encoded images of rows; None where the bytes are not those that the writer took the checksum of."""
         folder = np.searchsorted(self._base, rows, side="right") - 1
         where = np.empty((4, len(rows)), np.int64)
         for number in np.unique(folder).tolist():
@@ -142,14 +158,10 @@ class Reader:
             local = rows[here] - self._base[number]
             where[:, here] = [column[local] for column in self._places[number]]
         where[0] += self._tar_base[folder]
-        images = []
-        for row, tar, offset, size, crc32 in zip(rows.tolist(), *where.tolist(), strict=True):
+        images: list[np.ndarray | None] = []
+        for tar, offset, size, crc32 in zip(*where.tolist(), strict=True):
             content = os.pread(self._descriptor(tar), size, offset)
-            if zlib.crc32(content) != crc32:
-                key = self.column("key", np.array([row]))[0]
-                raise ShardError(f"{self.tars[tar]} changed on disk: tile {key!r} at byte {offset} (row {row}) is not "
-                                 f"what was written; run: ssl-dist check {self.tars[tar].parent}")
-            images.append(np.frombuffer(content, dtype=np.uint8))
+            images.append(np.frombuffer(content, dtype=np.uint8) if zlib.crc32(content) == crc32 else None)
         return images
 
     def _descriptor(self, tar: int) -> int:
