@@ -143,7 +143,7 @@ def decoded(decode: Callable, encoded: list[np.ndarray], rows: np.ndarray, reade
     try:
         return decode(encoded)
     except RuntimeError as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = _reason(error)
         raise Undecodable(f"a tile cannot be decoded: {_culprit(encoded, rows, reader)} ({reason}); its bytes are as "
                           "written, so it was broken before: drop it from the source and shard again") from error
 
@@ -155,9 +155,15 @@ def _undecodable(encoded: list[np.ndarray]) -> dict[int, str]:
         try:
             single([image])
         except RuntimeError as error:
-            bad[place] = str(error).strip().splitlines()[0]
+            bad[place] = _reason(error)
             single = dali.Decoder(1, 1)     # one that failed does not decode any more
     return bad
+
+
+def _reason(error: RuntimeError) -> str:
+    """What DALI met, without what it says of itself."""
+    met = str(error).partition("encountered:")[2].partition("Current pipeline")[0]
+    return "it cannot be decoded: " + " ".join((met or str(error)).split())[:200]
 
 
 def _culprit(encoded: list[np.ndarray], rows: np.ndarray, reader: Reader) -> str:
