@@ -137,8 +137,10 @@ def test_features_do_not_depend_on_the_size_of_the_batch(exported: Path, shard: 
 
 def test_a_patient_in_both_splits_is_refused(exported: Path, shard: Path, tmp_path: Path) -> None:
     table = index.samples(shard)
-    test = next(number for number, split in enumerate(table["split"].to_pylist()) if split == "test")
-    train = next(number for number, split in enumerate(table["split"].to_pylist()) if split == "train")
+    # Of labelled tiles: the others take no part.
+    splits = [split if label >= 0 else "" for split, label in zip(*(table[name].to_pylist() for name in
+                                                                  ("split", "label")), strict=True)]
+    test, train = splits.index("test"), splits.index("train")
     patients = table["patient"].to_pylist()
     patients[test] = patients[train]
     both = relabelled(shard, tmp_path / "both", patient=patients)
