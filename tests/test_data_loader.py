@@ -221,7 +221,7 @@ def test_bad_tiles_are_listed_once_and_others_take_their_places_on_any_number_of
 def test_more_bad_tiles_than_the_budget_end_the_batches_with_the_list(shard: Path, tmp_path: Path) -> None:
     hurt(shard, tmp_path / "hurt")
     mine = loader(tmp_path / "hurt", quarantine=Quarantine(tmp_path / "list.jsonl", 1))
-    with pytest.raises(ShardError, match=r"[2-5] tiles cannot be used, data\.max_bad=1; .*list\.jsonl lists") as refused:
+    with pytest.raises(ShardError, match=r"[2-5] tiles cannot be used, data\.max_bad=1; .*list\.jsonl") as refused:
         list(mine.batches(0, 20))
     assert refused.value.exit_code == 3
 
