@@ -286,17 +286,20 @@ def _files(unit: list[Source], number: int, settings: Settings, work: Path,
         return
     for place, reason in skip.items():
         yield Rejected(unit[place], "failed", reason.replace(unit[place].file, unit[place].filename))
-    with spool.path(work, number, "at").open("w") as at:
+    with _writing(work):
+        at = os.open(spool.path(work, number, "at"), os.O_WRONLY | os.O_CREAT)
+    try:
 
         def one_by_one() -> Iterator[Source]:
             for place, source in enumerate(unit):
                 if place not in skip:
-                    at.seek(0)          # where we are, for whoever finds us dead
-                    at.write(f"{place:6}")
-                    at.flush()
+                    with _writing(work):        # where we are, for whoever finds us dead
+                        os.pwrite(at, b"%6d" % place, 0)
                     yield source
 
         yield from tiles.of_files(one_by_one(), settings)
+    finally:
+        os.close(at)
 
 
 def _slide(source: Source, writer: spool.Writer, settings: Settings) -> float:

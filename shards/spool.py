@@ -4,6 +4,7 @@ A unit is whole or absent: its .json comes last. Rows are sorted in runs of boun
 tar) is one contiguous piece of each run, however large the slide.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -139,7 +140,8 @@ class Writer:
 
     def discard(self) -> None:
         """Leaves nothing."""
-        self.handle.close()
+        with contextlib.suppress(OSError):      # what a full disk did not take; why is known already
+            self.handle.close()
         self.draft.unlink(missing_ok=True)
 
 

@@ -3,7 +3,9 @@
 import json
 import os
 import struct
+import subprocess
 import zlib
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +15,7 @@ import pytest
 from PIL import Image
 
 from shards import annotation, index, write
+from shards.folder import StorageError
 from shards.index import ShardError
 
 
@@ -179,3 +182,43 @@ def test_an_annotation_of_another_slide_is_refused_and_an_empty_one_is_not(tmp_p
         annotation.Annotation.read(path, (4000, 4000), 0.5)
     path.write_text(json.dumps({"type": "FeatureCollection", "features": []}))
     assert annotation.Annotation.read(path, (4000, 4000), 0.5).classes == []
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
+    """A disk of a few megabytes that can grow."""
+    place = tmp_path / "disk"
+    place.mkdir()
+
+    def sized(megabytes: int) -> Path:
+        options = f"{'remount,' if place.is_mount() else ''}size={megabytes}m"
+        done = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", place], capture_output=True, text=True,
+                              check=False)
+        if done.returncode:
+            pytest.skip(f"a small disk needs the right to mount one: {done.stderr.strip()}")
+        return place
+
+    yield sized
+    if place.is_mount():
+        subprocess.run(["umount", "--lazy", place], check=True)      # the test's own tracebacks keep maps open
+
+
+def test_a_full_disk_says_how_much_is_needed_and_what_is_whole_stays(disk: Callable[[int], Path],
+                                                                    tmp_path: Path) -> None:
+    for number in range(3000):          # two units of work, of 6 and 3 megabytes
+        path = tmp_path / "in" / f"{number:04d}.jpg"
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(np.random.default_rng(number).integers(0, 255, (48, 48, 3), np.uint8)).save(path)
+    settings = write.Settings(source=tmp_path / "in", out=disk(7) / "out", dataset="few", kind="tiles", workers=1)
+    with pytest.raises(StorageError, match=r"the disk is full: free some space.*the whole job takes about [\d.]+ GiB"):
+        write.write(settings)
+    assert [path.name for path in (settings.out / ".work").glob("unit-*.json")] == ["unit-000000.json"]
+    disk(16)
+    with pytest.raises(StorageError, match=r"the tars take about [\d.]+ GiB more, [\d.]+ GiB are free") as refused:
+        write.write(settings)
+    assert refused.value.exit_code == 9 and not list(settings.out.glob("*.tar"))
+    disk(200)
+    done = write.write(settings)
+    plain = replace(settings, out=tmp_path / "plain")
+    assert write.write(plain).samples == done.samples == 3000
+    assert everything(settings.out) == everything(plain.out)
