@@ -98,6 +98,8 @@ def all_units(units: list[list[Source]], settings: Settings, work: Path, progres
                     waiting.append(unit)
                 source = units[unit][at]
                 text = str(error) if source.file in str(error) else f"{source.file}: {error}"
+                if settings.kind == "arrays":
+                    text += f" (its images {source.rows[0]} to {source.rows[1] - 1})"
                 failed.append(Rejected(source, "failed", text.replace(source.file, source.filename)))
                 if len(failed) > settings.max_failed:
                     raise ShardError(f"{text} [{len(failed)} failed, max_failed={settings.max_failed}]")

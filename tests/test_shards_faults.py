@@ -142,6 +142,12 @@ def test_labels_beside_an_array_are_part_of_what_was_sharded(tmp_path: Path) -> 
     labels([b"gland", b"fat"] * 4)
     with pytest.raises(write.SettingsChanged, match="the files of the source changed"):
         write.write(settings)
+    labels([b"fat"] * 7)
+    allowed = replace(settings, out=tmp_path / "allowed", max_failed=1)
+    with pytest.raises(ShardError, match=r"not one tile .* was accepted: 1 failed"):
+        write.write(allowed)
+    with pytest.raises(ShardError, match=r"\(its images 0 to 7\) \[1 failed, max_failed=0\]"):
+        write.write(replace(allowed, max_failed=0))
     for wrong in (np.zeros((8, 2, 2), int), np.zeros(9, int), np.zeros(8, float), np.int64(3)):
         labels(wrong)
         with pytest.raises(ShardError, match=r"t_y\.h5: array 'y' is .*not one whole number or word for each of 8"):
