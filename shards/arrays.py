@@ -25,7 +25,7 @@ def read(path: Path, array: str, first: int, last: int) -> tuple[np.ndarray, lis
         images = len(_images(file, path, array))
         if "y" in file:
             return pixels, _labels(file, path, images, first, last)
-    neighbour = path.with_name(f"{path.stem.removesuffix('_x')}_y{path.suffix}")
+    neighbour = _labels_of(path)
     if neighbour == path or not neighbour.is_file():
         return pixels, [""] * len(pixels)
     with _open(neighbour) as file:
@@ -34,14 +34,20 @@ def read(path: Path, array: str, first: int, last: int) -> tuple[np.ndarray, lis
 
 def neighbours(path: Path) -> list[Path]:
     """The files beside an array that say something of its images: labels, table."""
-    stem = path.stem.removesuffix("_x")
-    return [found for found in (path.with_name(f"{stem}_y{path.suffix}"), path.with_name(f"{stem}_meta.csv"))
-            if found != path and found.is_file()]
+    return [found for found in (_labels_of(path), _table_of(path)) if found != path and found.is_file()]
+
+
+def _labels_of(path: Path) -> Path:
+    return path.with_name(f"{path.stem.removesuffix('_x')}_y{path.suffix}")
+
+
+def _table_of(path: Path) -> Path:
+    return path.with_name(f"{path.stem.removesuffix('_x')}_meta.csv")
 
 
 def words(path: Path, array: str, columns: dict[str, str], first: int, last: int) -> list[dict[str, str]]:
     """What a table *_meta.csv beside the file says of images first to last: a row an image, in their order."""
-    table = path.with_name(f"{path.stem.removesuffix('_x')}_meta.csv")
+    table = _table_of(path)
     if not columns or not table.is_file():
         return [{}] * (last - first)
     images = length(path, array)

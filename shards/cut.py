@@ -51,7 +51,7 @@ class Running(NamedTuple):
 
 
 def processes() -> ForkServerContext:
-    """Processes that start in milliseconds from one that has imported everything and holds no thread or lock."""
+    """Processes that start quickly, from one that has imported everything and holds no thread or lock."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["shards.cut"])
     return context

@@ -98,7 +98,7 @@ def pen(red: np.ndarray, green: np.ndarray, blue: np.ndarray, mean: np.ndarray) 
     Blue and green ink take more red; black ink, or a frame that a scanner drew, takes all three alike.
     """
     ink = (red > 1.3 * green) & (mean > INKED)
-    black = mean > 0.6          # faded ink too; of real tissue no region is as dark and as grey
+    black = mean > 0.6          # faded ink too; hardly any real tissue is as dark and as grey
     if black.any():
         spread = np.maximum(red, np.maximum(green, blue)) - np.minimum(red, np.minimum(green, blue))
         ink |= black & (spread < 0.2 * mean)

@@ -257,7 +257,7 @@ def image(shard: Path, found: index.Index, table: pa.Table, row: int, least: int
     try:
         with Image.open(io.BytesIO(content), formats=("JPEG", "PNG")) as opened:
             if least:
-                opened.draft("RGB", (least, least))         # a JPEG gives an eighth away for a tenth of the work
+                opened.draft("RGB", (least, least))         # a JPEG gives an eighth away cheaply
             return opened.convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise index.ShardError(f"tile {table['key'][row].as_py()} of {path} cannot be decoded ({error}); run: ssl-dist "

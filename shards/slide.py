@@ -139,7 +139,7 @@ class Slide:
         level, downsample = self.level(mpp)
         scale = mpp / self.mpp / downsample
         cut = max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
-        if (own := self._native(level)) is not None:        # a third of the time of asking OpenSlide
+        if (own := self._native(level)) is not None:        # twice as quick as asking OpenSlide
             pixels = own.region(round(x / downsample), round(y / downsample), *cut)
         else:
             pixels = self._read(x, y, level, cut)
@@ -164,7 +164,7 @@ class Slide:
         scale = mpp / self.mpp
         width, height = max(1, round(self.width / scale)), max(1, round(self.height / scale))
         number, downsample = self.level(mpp)
-        if (own := self._native(number)) is not None:       # a tenth of the time of asking OpenSlide
+        if (own := self._native(number)) is not None:       # much quicker than asking OpenSlide
             factor = next(factor for factor in (8, 4, 2, 1) if factor * downsample <= scale * SLACK or factor == 1)
             whole = own.mosaic(factor)
             if whole.shape[:2] != (height, width):

@@ -36,7 +36,7 @@ TCGA = re.compile(r"TCGA-([A-Z0-9]{2})-[A-Z0-9]{4}(?![A-Z0-9])")
 class Source:
     """One slide, image, or piece of an array, and what is known of it before it is opened."""
 
-    file: str                       # its path: a million Path objects would take half a gigabyte
+    file: str                       # its path, as text: a million Path objects are heavy
     name: str                       # path below the source folder, without its suffix
     slide: str
     patient: str = ""
@@ -142,7 +142,7 @@ def files(folder: Path, suffixes: tuple[str, ...], skip: str = "", ignored: Coun
 
 
 def _walk(folder: str, above: frozenset[tuple[int, int]]) -> Iterator[tuple[str, bool]]:
-    """Every file below as text, for a million Path objects would take a gigabyte; and whether it is there.
+    """Every file below as text, for a million Path objects are heavy; and whether it is there.
 
     Links are followed, but never in a ring; a link may lead nowhere.
     """

@@ -43,7 +43,7 @@ def done(work: Path, number: int) -> bool:
     return path(work, number, "json").exists()
 
 
-class Words:
+class Numbers:
     """Words that repeat, numbered in the order of their first use."""
 
     def __init__(self) -> None:
@@ -66,7 +66,7 @@ class Writer:
         self.images: list[bytes] = []
         self.held = self.written = 0
         self.runs: list[np.ndarray] = []
-        self.whos, self.labels, self.encodings = Words(), Words(), Words()
+        self.whos, self.labels, self.encodings = Numbers(), Numbers(), Numbers()
         self.slides: dict[tuple, dict[str, Any]] = {}
         self.rejected: list[Rejected] = []
 

@@ -58,12 +58,12 @@ def write(settings: Settings, progress: Progress = lambda what, done, total: Non
     """
     remarks: list[str] = []
     units = sources.units(settings, sources.sources(settings, remarks.append))
-    decided, out = _decided(settings, units), settings.out
+    (decided, times), out = _decided(settings, units), settings.out
     _refuse_strangers(out)
     with contextlib.ExitStack() as held:
         if settings.part:       # parts hold the folder together; whoever publishes holds it alone
             with folder.hold(out, ".setup.lock", wait=True):
-                _prepare_part(out, _note(decided, units))
+                _prepare_part(out, _note(decided, times))
                 held.enter_context(folder.hold(out, ".lock", shared=True))
         else:
             held.enter_context(folder.hold(out, ".lock"))
@@ -75,7 +75,7 @@ def write(settings: Settings, progress: Progress = lambda what, done, total: Non
         if settings.part:
             cut.all_units(units, settings, out / ".work", progress)
             return None
-        work = _work(out, _note(decided, units))
+        work = _work(out, _note(decided, times))
         failed = cut.all_units(units, settings, work, progress)
         with folder.storage(out):
             summary = _publish(len(units), failed, settings, decided, units, progress)
@@ -91,18 +91,24 @@ def _refuse_strangers(out: Path) -> None:
                               "folder")
 
 
-def _decided(settings: Settings, units: list[list[sources.Source]]) -> dict[str, Any]:
-    """All that decides the bytes: the settings, and the names and sizes of the files they will be applied to."""
+def _decided(settings: Settings, units: list[list[sources.Source]]) -> tuple[dict[str, Any], str]:
+    """All that decides the bytes: the settings, and the names and sizes of the files they will be applied to.
+
+    And a digest of the times at which those were written, for a shared disk should be asked of each file only once.
+    """
     decided = json.loads(json.dumps(settings.deciding(), default=str))
-    listing, files = hashlib.sha256(), 0
+    listing, times, files = hashlib.sha256(), hashlib.sha256(), 0
     for unit in units:
         for source in unit:
-            known = [source.filename, source.path.stat().st_size, source.name, source.slide, source.patient,
+            there = source.path.stat()
+            times.update(there.st_mtime_ns.to_bytes(8, "big", signed=True))
+            known = [source.filename, there.st_size, source.name, source.slide, source.patient,
                      source.site, source.split, source.label, source.mpp, source.rows]
             listing.update(json.dumps([*known, *_beside(source, settings)]).encode(errors="surrogateescape"))
             files += 1
     others = [index.read(other).fingerprint for other in settings.against]
-    return {**decided, "files": files, "listing": listing.hexdigest(), "against_fingerprints": others}
+    decided |= {"files": files, "listing": listing.hexdigest(), "against_fingerprints": others}
+    return decided, times.hexdigest()
 
 
 def _beside(source: sources.Source, settings: Settings) -> list[Any]:
@@ -123,17 +129,13 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
-def _note(decided: dict[str, Any], units: list[list[sources.Source]]) -> str:
+def _note(decided: dict[str, Any], times: str) -> str:
     """What half-done work must agree with: all that decides the bytes, the times of its files, and what decodes them.
 
     Times stand in no finished folder, for the same files may be copied; but half a job must not see a file change.
     """
-    times = hashlib.sha256()
-    for unit in units:
-        for source in unit:
-            times.update(source.path.stat().st_mtime_ns.to_bytes(8, "big"))
     versions = {name: importlib.metadata.version(name) for name in ("openslide-bin", "pillow", "simplejpeg")}
-    return json.dumps({**decided, "files' times": times.hexdigest(), "versions": versions}, sort_keys=True)
+    return json.dumps({**decided, "files' times": times, "versions": versions}, sort_keys=True)
 
 
 def _change(before: dict[str, Any], now: dict[str, Any]) -> str:

@@ -301,7 +301,7 @@ def test_rows_and_tiles_taken_in_small_pieces_give_the_same_bytes(
     monkeypatch.setattr(tar, "BYTES_AT_ONCE", 5_000)
     mine = replace(settings, out=tmp_path / "out")
     units = sources.units(mine, sources.sources(mine))
-    work = write._work(begun(mine.out), write._note(write._decided(mine, units), units))
+    work = write._work(begun(mine.out), write._note(*write._decided(mine, units)))
     for number, each in enumerate(units):
         cut.cut(each, number, mine, work, {})
         known = json.loads(spool.path(work, number, "json").read_text())
@@ -349,7 +349,7 @@ def test_a_spool_that_changed_on_disk_is_noticed_before_a_tar_is_written_from_it
         picture(tmp_path / "in" / "x" / f"{number}.png", number)
     settings = settings_of(tmp_path)
     units = sources.units(settings, sources.sources(settings))
-    work = write._work(begun(settings.out), write._note(write._decided(settings, units), units))
+    work = write._work(begun(settings.out), write._note(*write._decided(settings, units)))
     cut.cut(units[0], 0, settings, work, {})
     spooled = spool.path(work, 0, "tiles")
     content = bytearray(spooled.read_bytes())
