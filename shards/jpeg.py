@@ -22,7 +22,7 @@ def encode(pixels: np.ndarray, quality: int, subsampling: str) -> bytes:
                                   fastdct=False)
 
 
-def decode(content: bytes, factor: int = 1) -> np.ndarray:
+def decode(content: bytes | np.ndarray, factor: int = 1) -> np.ndarray:
     """The picture, RGB, at 1, a half, a quarter or an eighth of its size.
 
     At an eighth a pixel is the mean of a block of the file, for a third of the work of all of it.

@@ -293,6 +293,88 @@ def show(folder: Annotated[Path, typer.Argument(help="A shard folder.")], debug:
 
 @app.command()
 @verb
+def views(folder: Annotated[Path | None, typer.Argument(help="A shard folder; without one, the presets are listed.",
+                                                        show_default=False)] = None,
+          preset: Annotated[list[str] | None, typer.Option(help="Draw these alone.", show_default="all")] = None,
+          out: Annotated[Path, typer.Option(help="Folder of the pictures, one a preset.")] = Path("views"),
+          fit: Annotated[Path | None, typer.Option(help="What stain-fit found: draws the stain steps that need "
+                                                        "it.", show_default=False)] = None,
+          tiles: Annotated[int, typer.Option(min=1, max=64, help="A picture.")] = 4,
+          seed: Annotated[int, typer.Option(min=0)] = 0,
+          debug: Debug = False) -> None:        # noqa: ARG001
+    """List the presets of views with where their values come from, or draw each on your own tiles."""
+    from shards import folder as folders
+    from shards import index
+    from ssl_dist import schema
+
+    if folder is not None:
+        index.read(folder)          # refused before torch is imported
+    from ssl_dist.data import presets
+
+    if unknown := [name for name in preset or [] if name not in presets.PRESETS]:
+        raise schema.ConfigError([f"--preset {unknown[0]} is not one of {', '.join(presets.PRESETS)}"])
+    chosen = preset or list(presets.PRESETS)
+    if folder is None:
+        for name in chosen:
+            say(*presets.told(name))
+        say(*(f"[{letter}] {meaning}" for letter, meaning in presets.MARKS.items()))
+        return
+    import numpy as np
+
+    from ssl_dist import sheet
+    from ssl_dist.data import stain
+    from ssl_dist.data.reader import Reader
+
+    found, reader = stain.read(fit) if fit else None, Reader([folder])
+    rows = np.unique(np.linspace(0, len(reader.all_rows()) - 1, tiles).astype(int))     # tars are shuffled
+    folders.make(out)
+    for name in chosen:
+        path = out / f"{name}.png"
+        sheet.of(reader, rows, sheet.strips(name, found), found, seed).save(path)
+        say(str(path))
+
+
+@app.command("stain-fit")
+@verb
+def stain_fit(folders: Annotated[list[Path], typer.Argument(help="Shard folders, of H&E.")],
+              out: Annotated[Path | None, typer.Option(
+                  help="The file to write.", show_default="FOLDER/stain.json; of several: must be given")] = None,
+              tiles: Annotated[int, typer.Option(min=1, help="Looked at of each slide; fewer where slides are "
+                                                             "many.")] = 32,
+              components: Annotated[int, typer.Option(min=0, help="Of the Gaussian mixture; 0: up to 10, as the "
+                                                                  "Bayesian criterion says.")] = 0,
+              seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of the choice of tiles, and of the "
+                                                                           "mixture.")] = 0,
+              split: Annotated[str, typer.Option(help="Look at this split only.")] = "",
+              workers: Annotated[int, typer.Option(min=0, help="Threads; 0: one a core.")] = 0,
+              debug: Debug = False) -> None:    # noqa: ARG001
+    """Find the stains of every slide, and the colours of tiles, for augmentation that stays among real ones."""
+    from shards import folder, index
+    from ssl_dist import schema
+
+    if out is None and len(folders) > 1:
+        raise schema.ConfigError([f"{len(folders)} shard folders, and no --out: say where their one file goes"])
+    out = out or folders[0] / "stain.json"
+    if out.is_dir():
+        raise schema.ConfigError([f"--out {out} is a folder; name a file in it"])
+    for each in folders:
+        index.read(each)        # refused before torch is imported, and before anything is made
+    folder.make(out.parent)
+    from ssl_dist.data import stain, stainfit
+
+    with bars() as progress:
+        found = stainfit.fit(folders, tiles=tiles, components=components, seed=seed, split=split,
+                             threads=workers or len(os.sched_getaffinity(0)), progress=progress)
+    folder.write_json(out, stain.as_json(found))
+    mean, spread = found.lab_mean_6, found.lab_std_6
+    left_out = ", ".join(f"{count} {reason}" for reason, count in sorted(found.left_out.items())) or "none"
+    say(f"{out}: stains of {len(found.slides)} slides, {len(found.weights_K)} components of {found.tiles} tiles",
+        f"left out: {left_out}",
+        "LAB: " + ", ".join(f"{name} {mean[place]:.1f} ± {spread[place]:.1f}" for place, name in enumerate("Lab")))
+
+
+@app.command()
+@verb
 def train(config: Config, overrides: Overrides = None, print_config: PrintConfig = False, dry_run: DryRun = False,
           debug: Debug = False) -> int:        # noqa: ARG001
     """Train, or go on with, one run: on this process alone, or as one rank of a launched job."""

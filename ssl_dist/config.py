@@ -18,8 +18,9 @@ COLUMNS = ("dataset", "slide", "patient", "label", "stain", "organ", "mpp")
 
 @dataclass
 class Data:
-    shards: list[Path] = field(metadata={"exists": True, "some": True, "help": "shard folders",
-                                         "otherwise": "; write it with: ssl-dist shard CONFIG out=FOLDER"})
+    shards: list[Path | str] = field(metadata={
+        "exists": True, "some": True, "help": "shard folders; with a stage, also URLs such as s3://bucket/folder",
+        "otherwise": "; write it with: ssl-dist shard CONFIG out=FOLDER"})
     split: str = field(default="", metadata={"help": "only tiles of this split; empty: all"})
     only: dict[str, Any] = field(default_factory=dict, metadata={
         "help": f"lists of words by column ({', '.join(COLUMNS)}): only tiles that have one of each"})
@@ -31,10 +32,18 @@ class Data:
                                                       "help": "how much of the run each dataset gets"})
     temperature: float = field(default=2.0, metadata={"range": (0.1, 1000), "help": "share: size ** (1 / temperature)"})
     weights: dict[str, Any] = field(default_factory=dict, metadata={"help": "shares of the run by dataset, any scale"})
+    stain: Path | None = field(default=None, metadata={
+        "exists": True, "help": "what stain-fit found, for views that move stains by it",
+        "otherwise": "; write it with: ssl-dist stain-fit FOLDER"})
     batch: int = field(default=256, metadata={"range": (2, 10**6), "help": "tiles a step, over all ranks"})
     window: int = field(default=16, metadata={"range": (1, 10**6), "help": "tars whose tiles are permuted together"})
     threads: int = field(default=0, metadata={"range": (0, 1024), "help": "a rank; 0: its share of the cores"})
+    decode: str = field(default="auto", metadata={"choices": ("auto", "cpu", "mixed"), "help": "for a GPU: on the "
+                                                  "CPU's cores, by the GPU, or what this machine does faster"})
     ahead: int = field(default=3, metadata={"range": (1, 64), "help": "batches kept ready before the step"})
+    stage: Path | None = field(default=None, metadata={"help": "a folder on a local disk, made if missing, for copies "
+                                                       "of the tars that are next; runs may share it"})
+    stage_gb: float = field(default=200.0, metadata={"range": (0.001, 1e6), "help": "what the stage may hold"})
 
     def rules(self) -> list[str]:
         """What cannot be said of one value alone."""
@@ -48,6 +57,9 @@ class Data:
         bad = {name: value for name, value in self.weights.items()
                if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < float("inf")}
         broken += [f"weights.{name}={value!r} is not a share, a number from 0" for name, value in bad.items()]
+        if self.stage is None:
+            broken += [f"shards[{number}]={str(url)!r} is a URL, which is read through copies on a local disk: set "
+                       "data.stage=FOLDER" for number, url in enumerate(self.shards) if isinstance(url, str)]
         if (self.mixture == "weights") != bool(self.weights):
             broken.append(f"mixture={self.mixture!r} and weights={self.weights!r} do not go together: mixture=weights "
                           "takes weights, and no other does")
@@ -162,8 +174,12 @@ def load(kind: type, name: str, overrides: list[str]) -> Any:
 def load_train(name: str, overrides: list[str]) -> Train:
     """A training config with its method's own keys checked and filled in; imports the method, and so torch."""
     train = load(Train, name, overrides)
-    own = schema.plain(method_config(train, str(recipe(name))))
-    return replace(train, method={"name": train.method["name"], **own})
+    own = method_config(train, str(recipe(name)))
+    for number, view in enumerate(getattr(own, "views", ())):
+        if view.fitted and not train.data.stain:
+            raise ConfigError([f"method.views[{number}].{view.fitted}={getattr(view, view.fitted)!r} needs data.stain, "
+                               "the file of stains and colours that `ssl-dist stain-fit FOLDER` writes"])
+    return replace(train, method={"name": train.method["name"], **schema.plain(own)})
 
 
 def method_config(train: Train, where: str = "config") -> Any:

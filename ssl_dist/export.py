@@ -47,13 +47,13 @@ def export(encoder: Encoder, train: configs.Train, reader: Reader, step: int, ou
 
     draft = folder.make(out.with_name(f".{out.name}.tmp"))
     facts = _facts(reader)
-    view = train.method.get("view") or {}
-    encoder.save(draft, view.get("size"), {"version": __version__, "method": train.method["name"], "mpp": facts["mpp"],
+    size = max((view["size"] for view in train.method.get("views", [])), default=None)     # of the large crops
+    encoder.save(draft, size, {"version": __version__, "method": train.method["name"], "mpp": facts["mpp"],
                                            "step": step})
     cards = [card for found in reader.indexes for card in found.datasets]
     folder.write(draft / "README.md", CARD.format(
         architecture=encoder.name, method=train.method["name"], version=__version__, mean=list(encoder.mean),
-        std=list(encoder.std), size=view.get("size", "?"), mpp=", ".join(map(str, facts["mpp"])) or "unknown",
+        std=list(encoder.std), size=size or "?", mpp=", ".join(map(str, facts["mpp"])) or "unknown",
         samples=facts["counts"]["tiles"], slides=facts["counts"]["slides"], patients=facts["counts"]["patients"],
         seen=step * train.data.batch, steps=step, batch=train.data.batch, optimizer=train.optim.name,
         lr=train.optim.lr, datasets="; ".join(f"{card['name']} ({card.get('organ')}, {card.get('stain')}, licence "

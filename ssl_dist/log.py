@@ -21,20 +21,21 @@ class Clock:
 
     def __init__(self) -> None:
         self.started = self._mark = time.perf_counter()
-        self._waited = 0.0
+        self._waited = self._longest = 0.0
         self._steps = 0
 
     def waits(self, since: float) -> None:
         """The wait for a batch that began at `since` is over."""
-        self._waited += time.perf_counter() - since
+        waited = time.perf_counter() - since
+        self._waited, self._longest = self._waited + waited, max(self._longest, waited)
         self._steps += 1
 
     def read(self, batch: int) -> dict[str, float]:
         """Figures since the last reading; a new reading begins."""
         elapsed = max(time.perf_counter() - self._mark, 1e-9)
         figures = {"images_per_second": self._steps * batch / elapsed, "data_wait": self._waited / elapsed,
-                   "time": time.perf_counter() - self.started}
-        self._mark, self._waited, self._steps = time.perf_counter(), 0.0, 0
+                   "data_wait_longest": self._longest, "time": time.perf_counter() - self.started}
+        self._mark, self._waited, self._longest, self._steps = time.perf_counter(), 0.0, 0.0, 0
         return figures
 
 

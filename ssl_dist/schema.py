@@ -3,7 +3,7 @@
 OmegaConf reads and merges; this file is the layer that OmegaConf lacks: ranges, choices, rules across fields, `None`
 written as a word, and the nearest right name for a mistyped key. A field's metadata says what may stand there:
 range=(low, high), choices=(...), pattern="regex", exists=True, regex=True, one=True (of a list: one value stands for a
-list of one), help="...".
+list of one), expand=function (of what was written, before it is looked at), help="...".
 """
 
 import dataclasses
@@ -150,6 +150,10 @@ def _rules(instance: Any, prefix: str) -> Iterator[str]:
         value = getattr(instance, field.name)
         if dataclasses.is_dataclass(value):
             yield from _rules(value, f"{prefix}{field.name}.")
+        elif isinstance(value, list | tuple):
+            for number, item in enumerate(value):
+                if dataclasses.is_dataclass(item):
+                    yield from _rules(item, f"{prefix}{field.name}[{number}].")
 
 
 def _first_line(error: Exception) -> str:
@@ -169,7 +173,8 @@ class _Reader:
         self.known = list(_keys(schema, prefix))
 
     def problem(self, key: str, value: Any, text: str) -> None:
-        place, parent = self.places.get(key), key
+        place, parent = self.places.get(key), re.sub(r"\[\d+\]", "", key)
+        place = place or self.places.get(parent)
         while place is None and "." in parent:
             parent = parent.rpartition(".")[0]
             place = self.places.get(parent)
@@ -186,7 +191,7 @@ class _Reader:
         fields = {field.name: field for field in dataclasses.fields(schema)}
         for name in values:
             if name not in fields:
-                self.problem(f"{prefix}{name}", values[name], f"is not a key{self._nearest(prefix, str(name))}")
+                self.problem(f"{prefix}{name}", values[name], f"is not a key{self._nearest(schema, prefix, str(name))}")
         hints = typing.get_type_hints(schema)
         result = {}
         for name, field in fields.items():
@@ -196,6 +201,12 @@ class _Reader:
                 given = values[name]
                 if field.metadata.get("one") and isinstance(given, int | float):
                     given = [given]         # one value stands for a list of one
+                if "expand" in field.metadata:
+                    try:
+                        given = field.metadata["expand"](given)
+                    except ValueError as error:
+                        self.problem(key, {}, f"cannot be taken: {error}")
+                        continue
                 result[name] = self.value(hints[name], given, key)
                 if len(self.problems) == before:
                     self.limits(field.metadata, result[name], key)
@@ -207,8 +218,9 @@ class _Reader:
                 self.problems.append(f"{key} is not set{hint}; give {key}=... [{self.where}]")
         return schema(**result) if not self.problems else None
 
-    def _nearest(self, prefix: str, name: str) -> str:
-        mine = {key[len(prefix):].lower(): key for key in self.known if key.startswith(prefix)}
+    def _nearest(self, schema: type, prefix: str, name: str) -> str:
+        known = self.known if any(key.startswith(prefix) for key in self.known) else list(_keys(schema, prefix))
+        mine = {key[len(prefix):].lower(): key for key in known if key.startswith(prefix)}
         everywhere = {key.lower(): key for key in self.known} | {key.rpartition(".")[2].lower(): key
                                                                  for key in self.known}
         for names in ({key: full for key, full in mine.items() if "." not in key}, everywhere):
@@ -222,8 +234,10 @@ class _Reader:
         if hint is Any:
             return value
         if origin in (types.UnionType, typing.Union):
-            if value is None:
+            if value is None and type(None) in arguments:
                 return None
+            if str in arguments and Path in arguments and isinstance(value, str) and "://" in value:
+                return value        # a URL: a path would lose one of its slashes
             return self.value(next(each for each in arguments if each is not type(None)), value, key)
         if isinstance(value, str) and value.lower() in ("none", "null", "nil"):
             return self.problem(key, value, "is a word here; for nothing at all write null")
@@ -275,7 +289,7 @@ class _Reader:
             self.problem(key, value, f"is not one of {', '.join(map(repr, allowed['choices']))}{hint}")
         if "pattern" in allowed and not re.fullmatch(allowed["pattern"], value):
             self.problem(key, value, f"must match {allowed['pattern']}")
-        if allowed.get("exists") and not value.exists():
+        if allowed.get("exists") and isinstance(value, Path) and not value.exists():
             self.problem(key, str(value), f"does not exist (looked in {Path.cwd()}){allowed.get('otherwise', '')}")
         if allowed.get("regex"):
             try:

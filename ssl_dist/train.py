@@ -18,14 +18,15 @@ from PIL import Image
 from rich.console import Console
 
 from shards import folder
-from ssl_dist import checkpoint, config, dist, export, methods, optim, schedule, schema
+from ssl_dist import checkpoint, config, dist, export, methods, optim, schedule, schema, sheet
 from ssl_dist import run as runs
 from ssl_dist.config import ConfigError, Train
-from ssl_dist.data import mixture
+from ssl_dist.data import mixture, stain, sweep
 from ssl_dist.data.batch import Batch
 from ssl_dist.data.loader import Loader
 from ssl_dist.data.quarantine import Quarantine
 from ssl_dist.data.reader import Reader
+from ssl_dist.data.stage import Stage
 from ssl_dist.data.stream import Stream
 from ssl_dist.engine import Engine
 from ssl_dist.log import Clock, Ledger, Log
@@ -74,20 +75,20 @@ def _train(settings: Train, path: Path, run: runs.Run, device: torch.device, rea
            found: Path | None, asked: list[int]) -> int:
     threads = max(1, len(os.sched_getaffinity(0)) // dist.local_world())
     torch.set_num_threads(threads)
+    threads = settings.data.threads or threads
     stream = _stream(settings, reader)
     method = build(settings).to(device)
     engine = Engine(method, optim.build(method, settings.optim), config.deepspeed(settings, dist.world()), device)
     method.to(memory_format=torch.channels_last)        # not before: DeepSpeed's broadcast wants contiguous weights
     start = checkpoint.load(found, engine) if found else 0
     last = min(settings.steps, settings.stop or settings.steps)
+    before = checkpoint.state(found).get("way") if found else None
+    way = dist.once(lambda: _way(settings, reader, stream, device, threads, before))
     run.starts_at(start)
     if dist.rank() == 0:
         folder.write(path / "config.yaml", schema.dump(settings))
         folder.write_json(path / "env.json", runs.environment())
-    loader = Loader(reader, stream, method.views, rank=dist.rank(), world=dist.world(), device=device,
-                    threads=settings.data.threads or threads, ahead=settings.data.ahead,
-                    quarantine=Quarantine(path / "quarantine.jsonl", settings.data.max_bad)
-                    if settings.data.bad == "quarantine" else None)
+    loader = _loader(settings, path, reader, stream, method, device, threads, way)
     log = Log(path, settings.steps, start)
     ledger = Ledger(path, reader) if settings.debug.ledger else None
     if dist.rank() == 0 and start == 0 and settings.log.pictures:
@@ -116,7 +117,8 @@ def _train(settings: Train, path: Path, run: runs.Run, device: torch.device, rea
                                  "grad_norm": norm, **row, **clock.read(settings.data.batch)})
                 run.alive(step)
             if step % settings.checkpoint.every == 0 or step == last or stopping:
-                checkpoint.save(path / "checkpoints", step, engine, {"identity": identity}, settings.checkpoint.keep)
+                checkpoint.save(path / "checkpoints", step, engine, {"identity": identity, "way": way},
+                                settings.checkpoint.keep)
             if stopping and step < last:
                 run.ends("preempted", PREEMPTED, step)
                 _tell(f"{path} was asked to stop and is saved at step {step}; run the same command again to go on")
@@ -153,7 +155,9 @@ def from_checkpoint(settings: Train, path: Path) -> Path:
 
 
 def _reader(settings: Train) -> Reader:
-    return Reader(settings.data.shards, settings.data.split, settings.data.only, settings.data.block)
+    data = settings.data
+    stage = Stage(data.stage, int(data.stage_gb * 1e9)) if data.stage else None
+    return Reader(data.shards, data.split, data.only, data.block, stage)
 
 
 def _stream(settings: Train, reader: Reader) -> Stream:
@@ -172,9 +176,32 @@ def _stream(settings: Train, reader: Reader) -> Stream:
                   shares=shares)
 
 
+def _loader(settings: Train, path: Path, reader: Reader, stream: Stream, method: Method, device: torch.device,
+            threads: int, way: str) -> Loader:
+    data = settings.data
+    listed = Quarantine(path / "quarantine.jsonl", data.max_bad) if data.bad == "quarantine" else None
+    return Loader(reader, stream, method.views, rank=dist.rank(), world=dist.world(), device=device, threads=threads,
+                  ahead=data.ahead, quarantine=listed, fit=stain.read(data.stain) if data.stain else None, way=way)
+
+
+def _way(settings: Train, reader: Reader, stream: Stream, device: torch.device, threads: int,
+         before: str | None) -> str:
+    """How tiles are decoded: as this run did `before`, for two decoders differ by a grey level here and there."""
+    if device.type == "cpu":
+        return "cpu"
+    if settings.data.decode != "auto":
+        return settings.data.decode
+    if before:
+        return before
+    encoded = reader.fetch(reader.rows(*stream.locate(0, stream.positions(0, 0, dist.world()))))
+    return sweep.on_gpu([each for each in encoded if each is not None], threads, device.index or 0)
+
+
 def rehearse(settings: Train, world: int) -> dict[str, Any]:
     """Everything that can fail before a machine is booked; what the run would be."""
     share = config.rank_batch(settings, world)
+    if settings.data.stain:
+        stain.read(settings.data.stain)
     reader = _reader(settings)
     stream = _stream(settings, reader)
     with torch.device("meta"):
@@ -186,17 +213,37 @@ def rehearse(settings: Train, world: int) -> dict[str, Any]:
         raise ConfigError([f"run={path} is a file; choose a folder"])
     if found := checkpoint.newest(path / "checkpoints"):
         _hold(found, _identity(settings, reader), path)
-    home = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
-    with folder.storage(path):
-        if not os.access(home, os.W_OK):
-            raise PermissionError(13, "not writable", str(home))
+    home = _writable(path)
     need = 4 * weights * 3 * (settings.checkpoint.keep + 1)       # weights and two moments, fp32, and one in the making
     if need > (free := shutil.disk_usage(home).free):
         raise folder.StorageError(28, f"{path}: checkpoints may take {need / 1e9:.1f} GB, {free / 1e9:.1f} GB are free")
     return {"tiles": stream.samples, "steps an epoch": stream.steps_an_epoch,
             "left out of an epoch": stream.samples % settings.data.batch,
             "epochs": round(settings.steps / stream.steps_an_epoch, 2), "tiles a rank and step": share,
-            "parameters": weights, "disk for checkpoints, GB": round(need / 1e9, 2)}
+            "parameters": weights, "disk for checkpoints, GB": round(need / 1e9, 2), **_room(settings, reader)}
+
+
+def _writable(path: Path) -> Path:
+    """The folder that is there already, of those in which `path` is to be."""
+    home = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
+    with folder.storage(path):
+        if not os.access(home, os.W_OK):
+            raise PermissionError(13, "not writable", str(home))
+    return home
+
+
+def _room(settings: Train, reader: Reader) -> dict[str, Any]:
+    """What the stage may hold, and whether it can."""
+    if (stage := reader.stage) is None:
+        return {}
+    largest = max(tar.bytes for found in reader.indexes for tar in found.tars)
+    wanted = settings.data.stage_gb
+    if largest > stage.limit:
+        raise ConfigError([f"data.stage_gb={wanted:g} is less than one tar takes, {largest / 1e9:.3f} GB; give it "
+                           "several times that, or leave data.stage out"])
+    room = stage.used() + shutil.disk_usage(_writable(stage.folder)).free
+    return {"stage, GB": f"{wanted:g}" if room >= stage.limit else
+            f"{wanted:g}, but its disk has room for {room / 1e9:.3f}: no more will be kept there"}
 
 
 def _encoder(method: Method) -> Encoder:
@@ -233,8 +280,9 @@ def _identity(settings: Train, reader: Reader) -> dict[str, Any]:
     plain = config.Data(settings.data.shards)
     data |= {name: value for name in ("only", "mixture", "temperature", "weights")     # what says nothing is nothing
              if (value := getattr(settings.data, name)) != getattr(plain, name)}
-    if settings.data.block:
-        data["block"] = hashlib.sha256(settings.data.block.read_bytes()).hexdigest()
+    for name in ("block", "stain"):
+        if file := getattr(settings.data, name):
+            data[name] = hashlib.sha256(file.read_bytes()).hexdigest()
     tree = json.loads(json.dumps({name: schema.plain(getattr(settings, name)) for name in
                                   ("seed", "steps", "precision", "encoder", "optim", "method")}))
     return {**tree, "data": data, "shards": [found.fingerprint for found in reader.indexes]}
@@ -278,14 +326,11 @@ def _finite(norm: float, step: int) -> float:
 def _draw_views(loader: Loader, count: int, path: Path, log: Log) -> None:
     """A picture of what the encoder will see: a tile a row, first whole, then its views."""
     batch = loader.make(0)
-    side, gap = 96, 6
     count = min(count, len(batch.rows))
-    sheet = Image.new("RGB", ((len(batch.views) + 1) * (side + gap) + gap, count * (side + gap) + gap), (255, 255, 255))
-    for line, encoded in enumerate(loader.reader.read(batch.rows[:count])):
-        whole = Image.open(io.BytesIO(encoded.tobytes())).convert("RGB")
-        for column, picture in enumerate([whole, *(Image.fromarray(view[line].cpu().numpy()) for view in batch.views)]):
-            sheet.paste(picture.resize((side, side)), (gap + column * (side + gap), gap + line * (side + gap)))
+    whole = [np.asarray(Image.open(io.BytesIO(encoded.tobytes())).convert("RGB"))
+             for encoded in loader.reader.read(batch.rows[:count])]
+    picture = sheet.paste(whole, [("", [view[:count].cpu().numpy() for view in batch.views])])
     buffer = io.BytesIO()
-    sheet.save(buffer, "PNG")
+    picture.save(buffer, "PNG")
     folder.write(folder.make(path / "pictures") / "views.png", buffer.getvalue())
-    log.picture("views", np.asarray(sheet), 0)
+    log.picture("views", np.asarray(picture), 0)

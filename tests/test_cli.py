@@ -92,9 +92,11 @@ def test_every_wrong_word_is_refused_in_one_line(somewhere: Path, word: str, nee
 
 @pytest.mark.parametrize(("word", "needles"), [
     ("method.temprature=1", ["method.temprature=1", "method.temperature?"]),
-    ("method.view.sise=3", ["method.view.sise=3", "method.view.size?"]),
+    ("method.views.sise=3", ["method.views[0].sise=3", "method.views[0].size?"]),
+    ("method.views.preset=dyno", ["method.views", "preset='dyno'", "did you mean 'dino'?"]),
+    ("method.views.preset=dino", ["method.views are of [64, 64, 64,", "two of one size"]),
     ("method.temperature=0", ["method.temperature=0", "out of range"]),
-    ("method.view.scale=[1.0,0.2]", ["method.view.scale", "high to low"]),
+    ("method.views.scale=[1.0,0.2]", ["method.views[0].scale", "high to low"]),
 ])
 def test_a_methods_own_keys_are_held_as_strictly(somewhere: Path, word: str, needles: list[str]) -> None:
     from ssl_dist import config, schema

@@ -64,12 +64,27 @@ def test_uniforms_differ_by_seed_epoch_view_and_position_and_lie_in_0_to_1() -> 
     assert farthest(together, np.linspace(0, 1, 100_001)) < 0.01
 
 
+def palette(count: int) -> stain.Palette:
+    """Two kinds of tissue, as likely as each other, whose statistics move together; every slide has its own stains."""
+    mean, deviation = np.array([158.0, 151, 117, 37, 8, 6]), np.array([30.0, 8, 6, 9, 2, 1.5])
+    root = np.tril(np.full((6, 6), 0.4)) + 0.6 * np.eye(6)
+    fit = stain.Fit(lab_mean_6=mean, lab_std_6=deviation, weights_K=np.array([0.5, 0.5]),
+                    means_K6=np.stack([mean - deviation / 2, mean + deviation / 2]),
+                    covariances_K66=np.stack([deviation[:, None] * (root @ root.T) * deviation / 2] * 2),
+                    reference_23=np.array([[0.6, 0.75, 0.28], [0.2, 0.95, 0.24]]),
+                    reference_strength_2=np.array([1.2, 0.9]), slides={}, shards=[], tiles=1, settings={})
+    pairs = np.array([stain.HAEMATOXYLIN, stain.EOSIN]) + np.random.default_rng(3).uniform(0, 0.1, (count, 2, 3))
+    return stain.Palette(fit, stain.complete(pairs), np.linspace([0.8, 0.7], [1.6, 1.1], count))
+
+
 FIELD_OF = {"box_N4": range(0, 22), "flip_N2": (22, 23), "colour_N34": range(24, 30), "sigma_N": (30, 31),
-            "solarise_N": (32,), "stain_N34": range(33, 39)}
+            "solarise_N": (32,), "stain_N34": range(33, 40), "stained_N": (39,), "turn_N": (40, 41),
+            "target_N6": range(42, 50)}
 
 
 def test_each_uniform_moves_its_own_number_and_no_other() -> None:
-    view = View(stain=0.3, solarise=0.5, scale=(0.9, 1.0), ratio=(0.5, 2.0))
+    view = View(stain=0.3, solarise=0.5, scale=(0.9, 1.0), ratio=(0.5, 2.0), stained=0.5, turn=0.5, randstain=0.5,
+                randstain_mixture=True)
     base = np.full((1, 64), 0.45)
     base[0, 0:20:2] = 0.99                # the shapes are so large that none of the ten tries fits a square ...
     base[0, 1:20:2] = 0.98
@@ -82,9 +97,9 @@ def test_each_uniform_moves_its_own_number_and_no_other() -> None:
         moved = start.copy()
         # Chances of 0.2 (grey) and 0.5 (others) are crossed; jitter of 0.8 is left.
         moved[0, place] = 0.95 if place == augment.JITTER else 0.11 if place == augment.GREY else 0.55
-        one, other = augment.numbers(view, start), augment.numbers(view, moved)
+        one, other = (augment.numbers(view, u, palette(1)) for u in (start, moved))
         changed = {field.name for field in fields(one)
-                   if not np.array_equal(getattr(one, field.name), getattr(other, field.name))}
+                   if not np.array_equal(getattr(one, field.name), getattr(other, field.name), equal_nan=True)}
         assert changed == {name for name, places in FIELD_OF.items() if place in places}, place
 
 

@@ -73,7 +73,8 @@ def test_a_batch_is_made_of_the_tiles_and_numbers_of_its_step(shard: Path) -> No
             u = augment.uniforms(5, 1, number, BATCH + place, 1)
             numbers = augment.numbers(view, u)
             expected = np.empty((view.size, view.size, 3), dtype=np.uint8)
-            opencv.draw(images(mine.reader.read(batch.rows[[place]]))[0], numbers, 0, view.size, expected)
+            (image,), (stroke,) = images(mine.reader.read(batch.rows[[place]])), opencv.strokes(numbers)
+            opencv.draw(image, stroke, view.size, expected)
             assert np.array_equal(batch.views[number][place].numpy(), expected)
             assert batch.boxes[number][place] == pytest.approx(numbers.box_N4[0], abs=0)
 

@@ -15,7 +15,7 @@ import torch
 from ssl_dist import checkpoint, train
 
 ROOT = Path(__file__).resolve().parent.parent
-LONG = ["data.batch=8", "steps=100000", "log.every=1", "checkpoint.every=100000", "method.view.size=32", "device=cpu",
+LONG = ["data.batch=8", "steps=100000", "log.every=1", "checkpoint.every=100000", "method.views.size=32", "device=cpu",
         "encoder.args.layers=[1,1,1,1]", "encoder.args.channels=[8,8,16,16]", "debug.ledger=true"]
 
 

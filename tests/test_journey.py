@@ -16,7 +16,7 @@ from ssl_dist.data.stream import Stream
 ROOT = Path(__file__).resolve().parent.parent
 STEPS, BATCH = 12, 8
 SMALL = ["data.batch=8", f"steps={STEPS}", "seed=7", "log.every=1", "checkpoint.every=100", "debug.ledger=true",
-         "method.view.size=32", "device=cpu", "encoder.args.layers=[1,1,1,1]", "encoder.args.channels=[8,8,16,16]"]
+         "method.views.size=32", "device=cpu", "encoder.args.layers=[1,1,1,1]", "encoder.args.channels=[8,8,16,16]"]
 
 
 def ssl_dist(*words: object) -> str:

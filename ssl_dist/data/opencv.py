@@ -3,17 +3,24 @@
 DALI's own operators were measured more than ten times slower on a CPU; OpenCV releases the interpreter while it works.
 """
 
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
 import cv2
 import numpy as np
 
+from ssl_dist.data import stain
 from ssl_dist.data.augment import Numbers
 
 # The logarithm of the light that each of the 256 values lets through: minus its natural optical density. 0 counts as 1,
 # for black has no logarithm.
 LIGHT = np.log(np.maximum(np.arange(256), 1) / 255).astype(np.float32)
+LINEAR = stain.GAMMA.astype(np.float32)
+LAB_UNITS, LAB_ZERO = np.array([2.55, 1, 1]), np.array([0, 128, 128])
+FLIPS = {(False, False): None, (True, False): 1, (False, True): 0, (True, True): -1}
+TURNS = (-1, cv2.ROTATE_90_COUNTERCLOCKWISE, cv2.ROTATE_180, cv2.ROTATE_90_CLOCKWISE)
 SOLARISED = np.where(np.arange(256) < 128, np.arange(256), 255 - np.arange(256)).astype(np.uint8)
 
 
@@ -22,59 +29,127 @@ def one_thread() -> None:
     cv2.setNumThreads(1)
 
 
-def crop(image_HW3: np.ndarray, box: np.ndarray, size: int) -> np.ndarray:
-    """The box (fractions of the tile) at `size` x `size` pixels, bilinear."""
+def crop(image_HW3: np.ndarray, box: Sequence[float], size: int) -> np.ndarray:
+    """The box (fractions of the tile) at `size` x `size` pixels: halved while it is twice as large, then bilinear.
+
+    Bilinear weights look at four pixels, whatever lies between: nuclei of a large box would turn into noise.
+    """
     height, width = image_HW3.shape[:2]
     x, y, w, h = pixel_box(box, width, height)
-    return cv2.resize(image_HW3[y:y + h, x:x + w], (size, size), interpolation=cv2.INTER_LINEAR)
+    picture = image_HW3[y:y + h, x:x + w]
+    for _ in range(halvings(w, h, size)):
+        w, h = w // 2, h // 2
+        picture = cv2.resize(picture, (w, h), interpolation=cv2.INTER_LINEAR)       # at a half: the mean of four
+    return cv2.resize(picture, (size, size), interpolation=cv2.INTER_LINEAR)
 
 
-def pixel_box(box: np.ndarray, width: int, height: int) -> tuple[int, int, int, int]:
+def halvings(width: int, height: int, size: int) -> int:
+    """How often a box is halved before it is brought to `size`, three times at most, as DALI's graph does."""
+    return min(max((min(width, height) // size).bit_length() - 1, 0), 3)
+
+
+def pixel_box(box: Sequence[float], width: int, height: int) -> tuple[int, int, int, int]:
     """Whole pixels of a box given as fractions: left, top, width, height, never empty, never outside."""
     x, y = int(box[0] * width + 0.5), int(box[1] * height + 0.5)
     w, h = max(int(box[2] * width + 0.5), 1), max(int(box[3] * height + 0.5), 1)
     return min(x, width - w), min(y, height - h), w, h
 
 
-def draw(image_HW3: np.ndarray, numbers: Numbers, row: int, size: int, out_SS3: np.ndarray) -> None:
-    """One view of one tile, written into `out_SS3` (uint8)."""
-    picture = crop(image_HW3, numbers.box_N4[row], size)
-    if numbers.stain_N34.shape[1]:
-        # In logarithms of light, and not in density, the offset changes its sign and nothing else does. What would be
-        # brighter than glass is cut off by the conversion.
-        light = cv2.transform(cv2.LUT(picture, LIGHT), numbers.stain_N34[row] * (1, 1, 1, -1))
-        picture = cv2.convertScaleAbs(cv2.exp(light), alpha=255)
-    matrix = numbers.colour_N34[row] * (1, 1, 1, 255)
-    picture = cv2.transform(picture, matrix)
-    if sigma := numbers.sigma_N[row]:
-        window = 2 * int(np.ceil(3 * sigma)) + 1
-        picture = cv2.GaussianBlur(picture, (window, window), sigma, borderType=cv2.BORDER_REFLECT_101)
-    if numbers.solarise_N[row]:
+def lab(image_HW3: np.ndarray) -> np.ndarray:
+    """RGB as LAB, float32: L in 0..100, a and b around 0."""
+    return cv2.cvtColor(cv2.LUT(image_HW3, LINEAR), cv2.COLOR_LRGB2LAB)
+
+
+def lab_statistics(image_HW3: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and deviation of L, a and b, in the units of stain.py."""
+    mean, deviation = cv2.meanStdDev(lab(image_HW3))
+    return mean[:, 0] * LAB_UNITS + LAB_ZERO, deviation[:, 0] * LAB_UNITS
+
+
+def restain(picture: np.ndarray, gain_3: np.ndarray, offset_3: np.ndarray) -> np.ndarray:
+    """A picture whose LAB channels are scaled and shifted."""
+    offset = (offset_3 + gain_3 * LAB_ZERO - LAB_ZERO) / LAB_UNITS
+    moved = cv2.transform(lab(picture), np.column_stack([np.diag(gain_3), offset]))
+    _, shown = cv2.threshold(cv2.cvtColor(moved, cv2.COLOR_LAB2RGB), 0, 0, cv2.THRESH_TOZERO)
+    return cv2.convertScaleAbs(shown, alpha=255)
+
+
+class Strokes(NamedTuple):
+    """The numbers of one view of one tile, in OpenCV's words."""
+
+    box: list[float]
+    target_6: np.ndarray | None
+    stain_34: np.ndarray | None
+    colour_34: np.ndarray
+    sigma: float
+    solarise: bool
+    turn: int
+    flip: int | None        # cv2's code
+
+
+def strokes(numbers: Numbers) -> list[Strokes]:
+    """The numbers of one view of all tiles, tile by tile: what can be reckoned for all at once is not left to each."""
+    targets = [None if np.isnan(target[0]) else target for target in numbers.target_N6]
+    # In logarithms of light, and not in density, the offset changes its sign and nothing else does.
+    maps = numbers.stain_N34 * (1, 1, 1, -1)
+    stains = [maps[row] if on else None for row, on in enumerate(numbers.stained_N.tolist())]
+    flips = [FLIPS[across, over] for across, over in numbers.flip_N2.tolist()]
+    return list(map(Strokes, numbers.box_N4.tolist(), targets, stains, numbers.colour_N34 * (1, 1, 1, 255),
+                    numbers.sigma_N.tolist(), numbers.solarise_N.tolist(), numbers.turn_N.tolist(), flips))
+
+
+def draw(image_HW3: np.ndarray, stroke: Strokes, size: int, out_SS3: np.ndarray,
+         statistics: tuple[np.ndarray, np.ndarray] | None = None) -> None:
+    """One view of one tile, written into `out_SS3` (uint8); `statistics` of the whole tile, if the view needs any."""
+    picture = crop(image_HW3, stroke.box, size)
+    if stroke.target_6 is not None and statistics:
+        picture = restain(picture, *stain.towards(stroke.target_6, *statistics))
+    if stroke.stain_34 is not None:
+        light = cv2.transform(cv2.LUT(picture, LIGHT), stroke.stain_34)
+        picture = cv2.convertScaleAbs(cv2.exp(light, dst=light), alpha=255)     # brighter than glass is glass
+    picture = cv2.transform(picture, stroke.colour_34)
+    if stroke.sigma:
+        window = 2 * math.ceil(3 * stroke.sigma) + 1
+        picture = cv2.GaussianBlur(picture, (window, window), stroke.sigma, borderType=cv2.BORDER_REFLECT_101)
+    if stroke.solarise:
         picture = cv2.LUT(picture, SOLARISED)
-    left_right, up_down = numbers.flip_N2[row]
-    if left_right or up_down:       # forty times quicker than NumPy's reversed slices
-        cv2.flip(picture, -1 if left_right and up_down else int(left_right), out_SS3)
-    else:
+    if stroke.turn:
+        picture = cv2.rotate(picture, TURNS[stroke.turn])
+    if stroke.flip is None:
         out_SS3[:] = picture
+    else:       # forty times quicker than NumPy's reversed slices
+        cv2.flip(picture, stroke.flip, out_SS3)
 
 
-def views(images: list[np.ndarray], numbers: Numbers, size: int, pool: ThreadPoolExecutor) -> np.ndarray:
-    """One view of every tile, uint8 (N, size, size, 3)."""
-    out_NSS3 = np.empty((len(images), size, size, 3), dtype=np.uint8)     # fresh: what is handed over is never reused
-    spread(pool, lambda row: draw(images[row], numbers, row, size, out_NSS3[row]), range(len(images)))
-    return out_NSS3
-
-
-def resized(images: list[np.ndarray], size: int, pool: ThreadPoolExecutor) -> np.ndarray:
-    """Every tile whole at `size` x `size`, uint8 (N, size, size, 3): what evaluation sees."""
-    out_NSS3 = np.empty((len(images), size, size, 3), dtype=np.uint8)
+def views(picture: Callable[[int], np.ndarray], numbers: list[Numbers], sizes: list[int],
+          pool: ThreadPoolExecutor) -> list[np.ndarray]:
+    """Every view of every tile, uint8 (N, size, size, 3) each. A tile is asked for, and then drawn while it is near."""
+    count = len(numbers[0].box_N4)
+    # Fresh: what is handed over is never reused.
+    out = [np.empty((count, size, size, 3), dtype=np.uint8) for size in sizes]
+    drawn = list(zip(*map(strokes, numbers), strict=True))
 
     def one(row: int) -> None:
-        shrinks = max(images[row].shape[:2]) > size
-        out_NSS3[row] = cv2.resize(images[row], (size, size),
+        image = picture(row)
+        statistics = lab_statistics(image) if any(stroke.target_6 is not None for stroke in drawn[row]) else None
+        for stroke, size, out_NSS3 in zip(drawn[row], sizes, out, strict=True):
+            draw(image, stroke, size, out_NSS3[row], statistics)
+
+    spread(pool, one, range(count))
+    return out
+
+
+def resized(picture: Callable[[int], np.ndarray], count: int, size: int, pool: ThreadPoolExecutor) -> np.ndarray:
+    """`count` tiles whole at `size` x `size`, uint8 (N, size, size, 3): what evaluation sees."""
+    out_NSS3 = np.empty((count, size, size, 3), dtype=np.uint8)
+
+    def one(row: int) -> None:
+        image = picture(row)
+        shrinks = max(image.shape[:2]) > size
+        out_NSS3[row] = cv2.resize(image, (size, size),
                                    interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
 
-    spread(pool, one, range(len(images)))
+    spread(pool, one, range(count))
     return out_NSS3
 
 

@@ -4,6 +4,7 @@ import os
 import resource
 import zlib
 from collections import OrderedDict
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,25 +13,33 @@ import pyarrow.compute as compute
 
 from shards import index
 from shards.index import ShardError
+from ssl_dist.data import stage as stages
+from ssl_dist.data.stage import Copy, Stage, Url
+from ssl_dist.data.stream import Stream
+
+LOOK = 16           # fetches until descriptors are looked through for copies that are no more
 
 
 class Reader:
     """The samples of one split (all, where it is empty), tar by tar. A row is a sample's number in the catalogue.
 
     `only` keeps to words of some columns ({"organ": ["breast"], "mpp": [0.5]}); `block` is a file of keys to leave out.
+    With a `stage`, tars are read from copies on a local disk where there are any, and folders may be URLs.
     """
 
-    def __init__(self, folders: list[Path], split: str = "", only: dict[str, list] | None = None,
-                 block: Path | None = None):
-        self.folders, self.split = [Path(folder) for folder in folders], split
+    def __init__(self, folders: Sequence[Path | str], split: str = "", only: dict[str, list] | None = None,
+                 block: Path | None = None, stage: Stage | None = None):
+        self.folders, self.split, self.stage = [stages.place(folder) for folder in folders], split, stage
         self.only = {**({"split": [split]} if split else {}), **(only or {})}
         blocked = pa.array(block.read_text(encoding="utf-8").split(), pa.string()) if block else None
-        self.indexes = [index.read(folder) for folder in self.folders]
+        self._homes = [self._home(folder) for folder in self.folders]       # of index and table
+        self.indexes = [index.read(home) for home in self._homes]
         fingerprints = [found.fingerprint for found in self.indexes]
         if len(set(fingerprints)) < len(fingerprints):
             raise ShardError(f"{', '.join(map(str, self.folders))} hold the same shards more than once; name each once")
-        self.tables = [index.samples(folder) for folder in self.folders]
-        self.tars: list[Path] = []
+        self.tables = [index.samples(home) for home in self._homes]
+        self.tars: list[Path | Url] = []
+        self._copies: list[Copy] = []                       # of each tar, where there is a stage
         spans: list[tuple[int, int]] = []                   # a tar's folder, and its first row among those chosen there
         self._selected: list[np.ndarray | None] = []        # a folder's rows of the split; None: all
         counts: list[np.ndarray] = []
@@ -41,6 +50,7 @@ class Reader:
             chosen = _rows_of(table, found, self.only, blocked)
             places = edges if chosen is None else np.searchsorted(chosen, edges)
             self.tars += [folder / tar.name for tar in found.tars]
+            self._copies += [stage.copy(folder, found.fingerprint, tar) for tar in found.tars] if stage else []
             spans += [(number, first) for first in places[:-1].tolist()]
             self._selected.append(chosen)
             counts.append(np.diff(places))
@@ -55,6 +65,8 @@ class Reader:
                                     [len(found.tars) for found in self.indexes])    # of each tar
         self._tar_base = np.cumsum([0, *(len(found.tars) for found in self.indexes)])
         self._open: OrderedDict[int, int] = OrderedDict()   # tar -> file descriptor, the longest unused first
+        self._copied: set[int] = set()                      # those of them that are of copies
+        self._fetches = 0
         self._open_limit = max(8, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4)
         if not self.counts.sum():
             raise ShardError(self._nothing(blocked is not None))
@@ -76,25 +88,40 @@ class Reader:
         """Samples of each dataset."""
         return np.bincount(self.dataset_of, self.counts, len(self.datasets)).astype(np.int64)
 
+    def _home(self, folder: Path | Url) -> Path:
+        if isinstance(folder, Path):
+            return folder
+        if self.stage is None:
+            raise ShardError(f"{folder} is a URL, which is read through copies on a local disk: set data.stage=FOLDER")
+        return self.stage.catalogue(folder)
+
     @staticmethod
-    def _hold(folder: Path, found: index.Index, table: pa.Table) -> None:
+    def _hold(folder: Path | Url, found: index.Index, table: pa.Table) -> None:
         """Sizes against the index, before the first step: a tar cut short must not look like a small one."""
         if table.num_rows != found.samples:
             raise ShardError(f"{folder}/samples.arrow has {table.num_rows} rows, index.json counts {found.samples}; "
                              f"run: ssl-dist check {folder}")
+        listed = stages.sizes(folder) if isinstance(folder, Url) else {}
+        if isinstance(folder, Url) and not listed:
+            return              # every tar is held against its digest when it is copied
         for tar in found.tars:
             path = folder / tar.name
-            size = path.stat().st_size if path.is_file() else None
+            if isinstance(path, Url):
+                size = listed.get(tar.name)
+            else:
+                size = path.stat().st_size if path.is_file() else None
             if size != tar.bytes:
                 state = "is missing" if size is None else f"has {size} bytes, should have {tar.bytes}"
-                raise ShardError(f"{path} {state}; restore it, then run: ssl-dist check {folder}")
+                raise ShardError(f"{path} {state}; restore it"
+                                 + (f", then run: ssl-dist check {folder}" if isinstance(folder, Path) else ""))
 
     def verify(self) -> None:
         """Holds the sample tables against their fingerprints: a flipped bit there would mislead every rank."""
-        for folder, found in zip(self.folders, self.indexes, strict=True):
-            if index.fingerprint(folder, found) != found.fingerprint:
-                raise ShardError(f"{folder}: index.json or samples.arrow changed since they were written; run: "
-                                 f"ssl-dist check {folder}")
+        for folder, home, found in zip(self.folders, self._homes, self.indexes, strict=True):
+            if index.fingerprint(home, found) != found.fingerprint:
+                raise ShardError(f"{home}: index.json or samples.arrow changed since they were written; "
+                                 + (f"run: ssl-dist check {folder}" if folder == home else
+                                    f"remove it, and it is fetched anew from {folder}"))
 
     def splits(self) -> list[str]:
         """The words that the split column holds."""
@@ -133,6 +160,22 @@ class Reader:
                 values[place] = value
         return values
 
+    def words(self, name: str) -> list[tuple[str, str]]:
+        """Dataset and word of every number that `codes` gives."""
+        return [(found.datasets[0]["name"], word) for found, table in zip(self.indexes, self.tables, strict=True)
+                for word in _coded(table, name)[1]]
+
+    def codes(self, name: str, rows: np.ndarray) -> np.ndarray:
+        """A column of words at the given rows, as numbers; folders do not share any."""
+        columns = [_coded(table, name) for table in self.tables]
+        base = np.cumsum([0, *(len(words) for _, words in columns)])
+        folder = np.searchsorted(self._base, rows, side="right") - 1
+        found = np.empty(len(rows), np.int64)
+        for number in np.unique(folder).tolist():
+            here = folder == number
+            found[here] = base[number] + columns[number][0][rows[here] - self._base[number]]
+        return found
+
     def read(self, rows: np.ndarray) -> list[np.ndarray]:
         """The encoded images of rows, each in fresh memory and with the checksum that the writer took."""
         images = self.fetch(rows)
@@ -143,7 +186,7 @@ class Reader:
                                  f"written; run: ssl-dist check {tar.parent}")
         return images       # type: ignore[return-value]
 
-    def place(self, row: int) -> tuple[str, Path, int]:
+    def place(self, row: int) -> tuple[str, Path | Url, int]:
         """Key, tar and offset of one row."""
         key, tar, offset = (self.column(name, np.array([row]))[0] for name in ("key", "tar", "offset"))
         folder = int(np.searchsorted(self._base, row, side="right")) - 1
@@ -160,26 +203,82 @@ class Reader:
         where[0] += self._tar_base[folder]
         images: list[np.ndarray | None] = []
         for tar, offset, size, crc32 in zip(*where.tolist(), strict=True):
-            content = os.pread(self._descriptor(tar), size, offset)
+            content = self._pread(tar, size, offset)
+            if zlib.crc32(content) != crc32 and tar in self._copied:        # what the copy lost is still at its source
+                self._discard(tar)
+                content = self._pread(tar, size, offset)
             images.append(np.frombuffer(content, dtype=np.uint8) if zlib.crc32(content) == crc32 else None)
+        self._fetches += 1
+        if self._fetches % LOOK == 0:
+            self._let_go()
         return images
 
+    def _pread(self, tar: int, size: int, offset: int) -> bytes:
+        descriptor = self._descriptor(tar)
+        try:
+            return os.pread(descriptor, size, offset)
+        except OSError:
+            if tar not in self._copied:
+                raise
+            return b""          # the local disk is dying
+
     def _descriptor(self, tar: int) -> int:
-        if tar not in self._open:
-            if len(self._open) >= self._open_limit:
-                os.close(self._open.popitem(last=False)[1])
+        if tar not in self._open and isinstance(self.tars[tar], Url):
+            self._let_go()              # its copy may have to be made, and need the room
+        if self.stage and tar not in self._copied and (copy := self.stage.open(self._copies[tar])) is not None:
+            self._forget(tar)           # its source was read until now
+            self._keep(tar, copy)
+            self._copied.add(tar)
+        elif tar not in self._open:
             try:
-                self._open[tar] = os.open(self.tars[tar], os.O_RDONLY)
+                self._keep(tar, os.open(self.tars[tar], os.O_RDONLY))
             except OSError as error:
                 raise ShardError(f"{self.tars[tar]} cannot be opened any more ({error.strerror}); restore it, then run "
                                  f"the same command again to resume") from error
         self._open.move_to_end(tar)
         return self._open[tar]
 
+    def _keep(self, tar: int, descriptor: int) -> None:
+        if len(self._open) >= self._open_limit:
+            self._forget(next(iter(self._open)))
+        self._open[tar] = descriptor
+
+    def _forget(self, tar: int) -> None:
+        if tar in self._open:
+            os.close(self._open.pop(tar))
+            self._copied.discard(tar)
+
+    def _let_go(self) -> None:
+        """Closes copies that were removed: while a descriptor is open, their bytes stay on the disk."""
+        for tar in [tar for tar in self._copied if os.fstat(self._open[tar]).st_nlink == 0]:
+            self._forget(tar)
+
+    def _discard(self, tar: int) -> None:
+        assert self.stage is not None
+        self.stage.discard(self._copies[tar])
+        self._forget(tar)
+
+    def follow(self, stream: Stream, start: int, stop: int, *, copying: bool) -> None:
+        """Lets the stage keep what steps start .. stop - 1 of the stream need next; one rank of a node is `copying`."""
+        if self.stage:
+            copies = {tar: self._copies[tar] for tar in np.flatnonzero(self.counts).tolist()}
+            self.stage.follow(copies, stream, start, stop, copying=copying)
+
+    def at(self, step: int) -> None:
+        """Tells the stage that nothing before `step` is read any more, on any rank."""
+        if self.stage:
+            self.stage.at(step)
+
+    def stop_staging(self) -> None:
+        """Ends the copying, and every wait for a copy."""
+        if self.stage:
+            self.stage.close()
+
     def close(self) -> None:
         """Closes the tars."""
+        self.stop_staging()
         while self._open:
-            os.close(self._open.popitem()[1])
+            self._forget(next(iter(self._open)))
 
 
 def _rows_of(table: pa.Table, found: index.Index, only: dict[str, list], blocked: pa.Array | None) -> np.ndarray | None:

@@ -60,6 +60,17 @@ class Stream:
             tars[here], members[here] = self._windows(number)[:, places[here] - number * mixture.WINDOW]
         return tars, members
 
+    def tars(self, start: int, stop: int) -> list[int]:
+        """The tars that steps start .. stop - 1 take samples from, each once, in the order in which they are needed."""
+        found: dict[int, None] = {}
+        while start < stop:
+            epoch, place = divmod(start, self.steps_an_epoch)
+            steps = min(stop - start, self.steps_an_epoch - place)      # the rest lies in the next epoch
+            tars, _ = self.locate(epoch, np.arange(place * self.batch, (place + steps) * self.batch))
+            found |= dict.fromkeys(tars.tolist())
+            start += steps
+        return list(found)
+
     def _window_of(self, number: int) -> np.ndarray:
         """Tars and members of one window of a mixture: a dataset at a time, for it goes through its own epochs."""
         assert self._mixture is not None

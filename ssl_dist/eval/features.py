@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from shards.index import NO_LABEL, ShardError
-from ssl_dist.data import dali, opencv
-from ssl_dist.data.loader import decoded
+from ssl_dist.data import opencv
+from ssl_dist.data.decode import Decoder
+from ssl_dist.data.loader import Undecodable
 from ssl_dist.data.reader import Reader
 from ssl_dist.models.encoder import Encoder
 
@@ -51,13 +52,15 @@ def extract(encoder: Encoder, split: Split, *, size: int, batch: int, threads: i
     """Features (S, D) of every tile of the split, in its order, on the CPU."""
     encoder = encoder.eval().to(device)
     opencv.one_thread()
-    decoder = dali.Decoder(batch, threads)
+    decoder = Decoder(batch, threads)
     features = []
     with ThreadPoolExecutor(threads) as pool:
         for first in range(0, len(split.rows), batch):
             rows = split.rows[first:first + batch]
-            images = decoded(decoder, split.reader.read(rows), rows, split.reader)
-            pixels = torch.from_numpy(opencv.resized(images, size, pool)).to(device)
+            pictures = decoder.open(split.reader.read(rows))
+            pixels = torch.from_numpy(opencv.resized(pictures, len(rows), size, pool)).to(device)
+            if pictures.bad:
+                raise Undecodable(pictures.bad, rows, split.reader)
             features.append(encoder(pixels).float().cpu())
             progress(min(first + batch, len(split.rows)), len(split.rows))
     return torch.cat(features)

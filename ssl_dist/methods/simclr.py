@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ssl_dist.data.batch import Batch, View
+from ssl_dist.data import presets
+from ssl_dist.data.batch import Batch, View, each
 from ssl_dist.methods import base
 from ssl_dist.methods.losses import nt_xent
 from ssl_dist.models.encoder import Encoder
@@ -22,7 +23,14 @@ class Config:
     hidden: int | None = field(default=None, metadata={"range": (1, 10**5), "help": "null: as wide as the encoder"})
     width: int = field(default=128, metadata={"range": (1, 10**5), "help": "of the projection"})
     norm: bool = field(default=False, metadata={"help": "BatchNorm inside the projection"})
-    view: View = field(default_factory=View)
+    views: tuple[View, ...] = field(default=presets.PRESETS["histology"].views, metadata={
+        "expand": presets.expand, "help": "a preset and changes, {preset: simclr, stain: 0.05}, or a list of views"})
+
+    def rules(self) -> list[str]:
+        """What cannot be said of one value alone."""
+        sizes = [view.size for view in each(self.views)]
+        pair = len(sizes) == 2 and sizes[0] == sizes[1]
+        return [] if pair else [f"views are of {sizes} pixels; SimCLR takes two of one size"]
 
 
 class Method(base.Method):
@@ -32,7 +40,7 @@ class Method(base.Method):
         super().__init__()
         self.encoder, self.temperature = encoder, config.temperature
         self.projector = projector([encoder.width, config.hidden or encoder.width, config.width], norm=config.norm)
-        self.views = (config.view, config.view)
+        self.views = each(config.views)
 
     def forward(self, batch: Batch, progress: float) -> dict[str, Tensor]:      # noqa: ARG002
         """The loss, and how close the two views of a tile are (1 is the same direction)."""
