@@ -15,6 +15,7 @@ from ssl_dist.data.loader import Palettes, Undecodable
 from ssl_dist.data.reader import Reader
 
 SIDE, GAP, LINE = 112, 6, 16        # pixels: the widest picture, between two, of a line of words
+WIDTH, WHITE = 1200, (255, 255, 255)
 
 
 @dataclass(frozen=True)
@@ -61,25 +62,35 @@ def of(reader: Reader, rows: np.ndarray, drawn: Sequence[Strip], fit: stain.Fit 
 
 
 def paste(images: list[np.ndarray], blocks: list[tuple[str, list[np.ndarray]]]) -> Image.Image:
-    """Tiles and, of each block, their views in one picture; small views are small, one above the other."""
+    """Tiles and, block by block, their views in one picture; small views are small, one above the other."""
     largest = max(view.shape[1] for _, views in blocks for view in views)
-    places = [_places([max(SIDE * view.shape[1] // largest, 16) for view in views]) for _, views in blocks]
-    width = max(left + side for each in places for left, _, side in each) + GAP
-    height = sum((LINE if title else 0) + len(images) * (SIDE + GAP) + GAP for title, _ in blocks)
-    sheet = Image.new("RGB", (width, height), (255, 255, 255))
-    top = 0
-    for (title, views), where in zip(blocks, places, strict=True):
-        if title:
-            ImageDraw.Draw(sheet).text((GAP, top + 3), title, fill=(0, 0, 0))
-            top += LINE
-        for number, image in enumerate(images):
-            shown = [image, *(view[number] for view in views)]
-            for picture, (left, down, side) in zip(shown, [(GAP, 0, SIDE), *where], strict=True):
-                small = Image.fromarray(picture).resize((side, side), Image.Resampling.LANCZOS)
-                sheet.paste(small, (left, top + GAP + down))
-            top += SIDE + GAP
-        top += GAP
+    drawn = [_block(images, title, views, largest) for title, views in blocks]
+    left = top = down = 0
+    corners = []
+    for block in drawn:         # side by side while there is room
+        if left and left + block.width > WIDTH:
+            left, top = 0, down
+        corners.append((left, top))
+        left, down = left + block.width + 2 * GAP, max(down, top + block.height)
+    sheet = Image.new("RGB", (max(x + block.width for (x, _), block in zip(corners, drawn, strict=True)), down), WHITE)
+    for corner, block in zip(corners, drawn, strict=True):
+        sheet.paste(block, corner)
     return sheet
+
+
+def _block(images: list[np.ndarray], title: str, views: list[np.ndarray], largest: int) -> Image.Image:
+    """A tile a row, its views beside it, below a line of words."""
+    places = _places([max(SIDE * view.shape[1] // largest, 16) for view in views])
+    head = LINE if title else 0
+    width = max(max(left + side for left, _, side in places) + GAP, 6 * len(title) + 2 * GAP)
+    block = Image.new("RGB", (width, head + len(images) * (SIDE + GAP) + 2 * GAP), WHITE)
+    ImageDraw.Draw(block).text((GAP, 3), title, fill=(0, 0, 0))
+    for number, image in enumerate(images):
+        top = head + GAP + number * (SIDE + GAP)
+        for picture, (left, down, side) in zip([image, *(view[number] for view in views)],
+                                               [(GAP, 0, SIDE), *places], strict=True):
+            block.paste(Image.fromarray(picture).resize((side, side), Image.Resampling.LANCZOS), (left, top + down))
+    return block
 
 
 def _places(sides: list[int]) -> list[tuple[int, int, int]]:

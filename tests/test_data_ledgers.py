@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 import torch
 
-from shards import index, synthetic, write
+from shards import index, write
 from ssl_dist import config, schema, train
 from ssl_dist.data import mixture
 from ssl_dist.data.batch import View
@@ -99,7 +99,7 @@ def _main(plan: Path) -> int:
     for case in json.loads(plan.read_text()):
         for attempt in case["attempts"]:
             if not _attempt(case["settings"], Path(case["run"]), attempt):
-                print(f"{case['run']}: {attempt} did not end as it was meant to", file=sys.stderr)
+                sys.stderr.write(f"{case['run']}: {attempt} did not end as it was meant to")
                 return 1
     return 0
 
@@ -108,10 +108,18 @@ def _main(plan: Path) -> int:
 
 @pytest.fixture(scope="module")
 def folders(slides: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Three painted shard folders of different sizes."""
+    """Three painted shard folders of different sizes, and of slides of different names, so that a key is one tile's."""
     home, found = tmp_path_factory.mktemp("three"), []
     for name, size in (("large", 48), ("middle", 64), ("small", 96)):
-        write.write(write.Settings(source=slides, out=home / name, dataset=name, size=size, mpp=1.0, workers=2,
+        source = home / f"slides-{name}"
+        source.mkdir()
+        for file in slides.iterdir():
+            if file.name == "slides.csv":
+                head, *lines = file.read_text().splitlines()
+                (source / file.name).write_text("\n".join([head, *(f"{name}-{line}" for line in lines)]))
+            else:
+                (source / f"{name}-{file.name}").symlink_to(file)
+        write.write(write.Settings(source=source, out=home / name, dataset=name, size=size, mpp=1.0, workers=2,
                                    labels="annotations", tar_samples=20, organ="none", licence="Apache-2.0"))
         found.append(home / name)
     return found

@@ -18,7 +18,8 @@ from pathlib import Path
 import numpy as np
 
 from shards.index import ShardError
-from ssl_dist.data import dali, order, stain
+from ssl_dist.data import order, stain
+from ssl_dist.data.decode import Decoder, Pictures
 from ssl_dist.data.reader import Reader
 
 Progress = Callable[[str, int, int], None]
@@ -26,9 +27,7 @@ Progress = Callable[[str, int, int], None]
 LIMIT = 100_000         # tiles in all; with more slides than that, so many slides
 PIXELS = 100_000        # of a slide: a thousand lie beyond each extreme angle
 AT_ONCE = 1 << 20       # rows of the catalogue that are looked at together; a multiple of four, see `sample`
-# Tiles decoded together. Where one of 32 or more is of no format that it knows, DALI 2.4 often ends the process with a
-# segmentation fault; of up to 31, it said so in each of a thousand trials.
-BATCH = 16
+BATCH = 64              # tiles read together
 
 # Natural optical density, the mean of the three bands. The usual codes ask 0.15 of every band: that drops pale eosin,
 # which hardly absorbs red (on painted slides, eosin was found 4.3 degrees off, instead of 3.6).
@@ -181,29 +180,35 @@ def look(reader: Reader, tiles: int, seed: int, threads: int, progress: Progress
     waiting: list[tuple[int, Future]] = []
     done = 0
 
-    def tile(picture_HW3: np.ndarray, wanted: int) -> tuple[np.ndarray, np.ndarray]:
+    def tile(pictures: Pictures, place: int, wanted: int) -> tuple[np.ndarray, np.ndarray] | None:
+        picture_HW3 = pictures(place)
+        if place in pictures.bad:
+            return None
         flat = picture_HW3.reshape(-1, 3)
         return lab_statistics(picture_HW3), flat[places(seed, len(flat), wanted)]
 
     with ThreadPoolExecutor(threads) as pool:
-        for pictures in decoded(reader, rows_T, threads, seen.left_out):
-            jobs = [None if picture is None else pool.submit(tile, picture, wanted)
-                    for picture, wanted in zip(pictures, wanted_T[done:done + len(pictures)].tolist(), strict=True)]
-            for job in jobs:
-                if job is not None:
-                    statistics, some = job.result()
-                    seen.statistics.append(statistics)
-                    pixels.append(some)
+        decoder = Decoder(BATCH, threads)
+        for first in range(0, len(rows_T), BATCH):
+            encoded = reader.fetch(rows_T[first:first + BATCH])
+            pictures = decoder.open([np.empty(0, np.uint8) if each is None else each for each in encoded])
+            jobs = [pool.submit(tile, pictures, place, int(wanted_T[first + place])) for place in range(len(encoded))]
+            for content, job in zip(encoded, jobs, strict=True):
+                if (found := job.result()) is not None:
+                    seen.statistics.append(found[0])
+                    pixels.append(found[1])
+                else:
+                    seen.left_out["tiles changed on disk" if content is None else "tiles that cannot be decoded"] += 1
                 done += 1
                 if done == len(rows_T) or slides_T[done] != slides_T[done - 1]:
                     waiting.append((int(slides_T[done - 1]), pool.submit(_stains, pixels)))
                     pixels = []
             progress("looking at tiles", done, len(rows_T))
         for slide, fitted in waiting:
-            if isinstance(found := fitted.result(), str):
-                seen.left_out[found] += 1
+            if isinstance(stains := fitted.result(), str):
+                seen.left_out[stains] += 1
             else:
-                seen.slides[slides[slide]] = found
+                seen.slides[slides[slide]] = stains
     return seen
 
 
@@ -213,33 +218,6 @@ def _stains(pixels: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray] | str:
     if (found := macenko(pixels_N3)) is not None:
         return found
     return "slides with too little tissue" if len(tissue(pixels_N3)) < LEAST_TISSUE else "slides of a single stain"
-
-
-def decoded(reader: Reader, rows_T: np.ndarray, threads: int, left_out: Counter) -> Iterator[list[np.ndarray | None]]:
-    """The tiles of rows as RGB arrays, a batch at a time; None, and counted, where there is no picture."""
-    decoder = dali.Decoder(BATCH, threads)
-    for first in range(0, len(rows_T), BATCH):
-        encoded = reader.fetch(rows_T[first:first + BATCH])
-        sound = {place: image for place, image in enumerate(encoded) if image is not None}
-        images: list[np.ndarray | None] = []
-        try:
-            images += decoder([*sound.values()]) if sound else []
-        except RuntimeError:
-            images += map(_alone, sound.values())
-            decoder = dali.Decoder(BATCH, threads)      # one that failed does not decode any more
-        for reason, count in (("tiles changed on disk", len(encoded) - len(sound)),
-                              ("tiles that cannot be decoded", sum(image is None for image in images))):
-            if count:
-                left_out[reason] += count
-        pictures = dict(zip(sound, images, strict=True))
-        yield [pictures.get(place) for place in range(len(encoded))]
-
-
-def _alone(encoded: np.ndarray) -> np.ndarray | None:
-    try:
-        return dali.Decoder(1, 1)([encoded])[0]
-    except RuntimeError:
-        return None
 
 
 @lru_cache(maxsize=16)
