@@ -83,10 +83,7 @@ class Setting:
 
 def setting(shards: list[Path], views: tuple[View, ...]) -> Setting:
     """All tiles in memory, as bytes and, as many as there is room for, as pixels."""
-    reader = Reader(shards)
-    rows = np.random.default_rng(0).permutation(reader.all_rows())
-    encoded = reader.read(rows)
-    reader.close()
+    rows, encoded = measure.everything(shards)
     return Setting(shards, views, encoded, rows,
                    [simplejpeg.decode_jpeg(image, "RGB") for image in encoded[:IN_MEMORY]])
 

@@ -1,10 +1,10 @@
 """What the benchmarks share: real tiles to measure on, contenders in turns, and what a result says of its machine."""
 
 import importlib.metadata
-import itertools
 import json
 import os
 import statistics
+import subprocess
 import sys
 import threading
 import time
@@ -19,8 +19,9 @@ import matplotlib
 import numpy as np
 import simplejpeg
 
-from shards import index, synthetic, write
+from shards import synthetic
 from ssl_dist import run
+from ssl_dist.data.reader import Reader
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -45,21 +46,43 @@ TILES: dict[str, list[dict[str, Any]]] = {
 }
 
 
+# Processes of its own: each slide is cut in one, and would import all that a benchmark does.
+SHARD = """
+import json, sys
+from pathlib import Path
+from shards import write
+told = json.loads(sys.argv[1])
+write.write(write.Settings(**{**told, "source": Path(told["source"]), "out": Path(told["out"])}))
+"""
+
+
+def shard(**told: Any) -> Path:
+    """Writes one shard folder, its tars in the page cache."""
+    told = {"workers": CORES, **told}
+    subprocess.run([sys.executable, "-c", SHARD, json.dumps(told, default=str)], check=True)
+    for path in Path(told["out"]).glob("*.tar"):
+        path.read_bytes()
+    return Path(told["out"])
+
+
 def shards(kind: str, folder: Path) -> list[Path]:
-    """The shard folders of one kind of tiles, written below `folder`, their tars in the page cache."""
+    """The shard folders of one kind of tiles, written below `folder`."""
     source = DATA
     if kind == "painted":
         source = folder / "source"
-        synthetic.write_cohort(source / "painted", patients=PAINTED, size=4096, test_patients=0, workers=CORES)
-    made = []
-    for told in TILES[kind]:
-        made.append(folder / told["dataset"])
-        # Small tars: every worker process of every contender gets some.
-        write.write(write.Settings(**{**told, "source": source / told["source"], "out": made[-1], "tar_samples": 64,
-                                      "workers": CORES}))
-    for path in itertools.chain.from_iterable(each.glob("*.tar") for each in made):
-        path.read_bytes()
-    return made
+        synthetic.write_cohort(source / "painted", patients=PAINTED, size=4096, test_patients=0)
+    # Small tars: every worker process of every contender gets some.
+    return [shard(**{**told, "source": source / told["source"], "out": folder / told["dataset"], "tar_samples": 64})
+            for told in TILES[kind]]
+
+
+def everything(folders: list[Path]) -> tuple[np.ndarray, list[np.ndarray]]:
+    """All tiles of shard folders in random order: rows of the catalogue, and bytes."""
+    reader = Reader(folders)
+    rows = np.random.default_rng(0).permutation(reader.all_rows())
+    encoded = reader.read(rows)
+    reader.close()
+    return rows, encoded
 
 
 def described(kind: str, encoded: list[np.ndarray]) -> dict[str, Any]:

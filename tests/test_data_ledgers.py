@@ -38,23 +38,28 @@ Attempt = tuple[int, int, int, bool]        # ranks, first step, step that is sa
 WHOLE: dict[str, list[Attempt]] = {f"{world} whole": [(world, 0, STEPS, False)] for world in (1, 2, 3, 5)}
 KILLED: list[Attempt] = [(3, 0, 4, True), (2, 4, 9, False), (5, 9, STEPS, False)]
 OFTEN: list[Attempt] = [(5, 0, 1, False), (1, 1, 6, True), (3, 6, 7, False), (2, 7, 8, True), (3, 8, STEPS, False)]
-ONE, CHAINS = {"1 whole": WHOLE["1 whole"]}, {"killed": KILLED, "often": OFTEN}
 LABELS = ["stroma", "lymphoid", "tumour"]
 WEIGHTS = {"large": 1.0, "middle": 4.0, "small": 2.5}
-# By name: what the config says of the data, and the chains. The first of them is the truth.
+
+
+def chains(*worlds: int, **more: list[Attempt]) -> dict[str, list[Attempt]]:
+    return {f"{world} whole": WHOLE[f"{world} whole"] for world in worlds} | more
+
+
+# By name: what the config says of the data, and the chains, of which "1 whole" is the truth.
 CASES: dict[str, tuple[dict[str, Any], dict[str, list[Attempt]]]] = {
-    "natural": ({}, WHOLE | CHAINS),
-    "even": ({"mixture": "even"}, WHOLE | {"killed": KILLED}),
-    "weighted": ({"mixture": "weights", "weights": WEIGHTS}, ONE | {"3 whole": WHOLE["3 whole"]} | CHAINS),
-    "filtered": ({"split": "", "only": {"label": LABELS}, "block": True}, ONE | {"2 whole": WHOLE["2 whole"]} | CHAINS),
-    "filtered and even": ({"split": "", "only": {"label": LABELS}, "mixture": "even"}, ONE | {"killed": KILLED}),
-    "hurt": ({"hurt": True}, WHOLE | CHAINS),
-    "hurt and even": ({"hurt": True, "mixture": "even"}, ONE | {"5 whole": WHOLE["5 whole"]} | CHAINS),
+    "natural": ({}, chains(1, 2, 3, 5, killed=KILLED, often=OFTEN)),
+    "even": ({"mixture": "even"}, chains(1, 5, killed=KILLED)),
+    "weighted": ({"mixture": "weights", "weights": WEIGHTS}, chains(1, 3, often=OFTEN)),
+    "filtered": ({"split": "", "only": {"label": LABELS}, "block": True}, chains(1, 2, killed=KILLED)),
+    "filtered and even": ({"split": "", "only": {"label": LABELS}, "mixture": "even"}, chains(1, killed=KILLED)),
+    "hurt": ({"hurt": True}, chains(1, 2, killed=KILLED)),
+    "hurt and even": ({"hurt": True, "mixture": "even"}, chains(1, 2, 3, 5, often=OFTEN)),
     # Past the first 4,096 samples another window of the mixture begins, within step 136.
     "even, far on": ({"mixture": "even"}, {"1 whole": [(1, FAR, FAR + 12, False)],
                                            "killed": [(3, FAR, 134, True), (2, 134, 139, False),
                                                       (5, 139, FAR + 12, False)]}),
-    "another seed": ({"seed": 8}, ONE),
+    "another seed": ({"seed": 8}, chains(1)),
 }
 
 
@@ -160,14 +165,14 @@ def runs(folders: list[Path], hurt: list[Path], tmp_path_factory: pytest.TempPat
     home, plan = tmp_path_factory.mktemp("runs"), []
     block = home / "block.txt"
     block.write_text("\n".join(row["key"] for row in table(folders)[::7]))
-    for name, (data, chains) in CASES.items():
+    for name, (data, of_case) in CASES.items():
         data = {"shards": list(map(str, hurt if data.get("hurt") else folders)), "split": "train", "batch": BATCH,
                 "window": 4, **data}
         data.pop("hurt", None)
         seed = data.pop("seed", 7)
         if data.pop("block", False):
             data["block"] = str(block)
-        for chain, attempts in chains.items():
+        for chain, attempts in of_case.items():
             run = home / name / chain
             run.mkdir(parents=True)
             plan.append({"run": str(run), "attempts": attempts, "settings": {
@@ -195,7 +200,7 @@ def beyond(attempts: list[Attempt]) -> int:
     return sum(BATCH // world * rank for world, _, _, killed in attempts if killed for rank in range(world))
 
 
-@pytest.mark.parametrize(("case", "chain"), [(case, chain) for case, (_, chains) in CASES.items() for chain in chains])
+@pytest.mark.parametrize(("case", "chain"), [(case, chain) for case, (_, found) in CASES.items() for chain in found])
 def test_the_ledger_of_a_chain_is_that_of_one_rank_that_nobody_interrupts(runs: Path, case: str, chain: str) -> None:
     attempts, seen, expected = CASES[case][1][chain], ledger(runs / case / chain), truth(runs, case)
     assert len(expected) == BATCH * (attempts[-1][2] - attempts[0][1])
@@ -271,8 +276,8 @@ def test_bad_tiles_are_never_seen_and_all_else_is_where_it_was(runs: Path, case:
     assert replaced > 20
 
 
-def listed(run: Path) -> list[str]:
-    return [json.loads(line)["key"] for line in (run / "quarantine.jsonl").read_text().splitlines()]
+def listed(run: Path, name: str = "quarantine.jsonl") -> list[str]:
+    return [json.loads(line)["key"] for line in (run / name).read_text().splitlines()]
 
 
 @pytest.mark.parametrize(("case", "chain"), [(case, chain) for case in ("hurt", "hurt and even")
@@ -287,34 +292,48 @@ def test_the_same_bad_tiles_are_listed_by_every_chain(runs: Path, case: str, cha
 
 # FOUND: ssl_dist/data/quarantine.py, Quarantine.add(): a rank knows what was listed before it began and what it listed
 # itself, not what the other ranks listed since. A bad tile that comes again (in the next epoch, or in a mixture) on
-# another rank is listed again, where module and test_data_loader.py say once. The budget counts it once all the same.
-@pytest.mark.parametrize(("case", "chain"), [(case, chain) for case in ("hurt", "hurt and even")
-                                             for chain in CASES[case][1]])
+# another rank is listed again, where the module says: each once, a line a tile. The budget counts it once all the same.
+@pytest.mark.parametrize(("case", "chain"), [("hurt", "1 whole"), ("hurt", "2 whole"), ("hurt and even", "5 whole")])
 def test_a_bad_tile_is_listed_once(runs: Path, case: str, chain: str) -> None:
     found = listed(runs / case / chain)
     assert len(found) == len(set(found)), f"{len(found)} lines of {len(set(found))} tiles"
 
 
+# FOUND: ssl_dist/data/quarantine.py, Quarantine.add() and _keys(): a tile is known by its key alone, and a key is one
+# tile's within its dataset only (shards/tiles.py, Cut.key: the slide's name and x, y). Of two datasets with slides of
+# one name, the second bad tile is neither listed nor counted: replaced in silence, against promise 7.
+def test_two_bad_tiles_of_one_key_are_two(slides: Path, tmp_path: Path) -> None:
+    for name in ("one", "other"):
+        write.write(write.Settings(source=slides, out=tmp_path / name, dataset=name, size=96, mpp=1.0, workers=2,
+                                   labels="annotations", tar_samples=200, organ="none", licence="Apache-2.0"))
+    kept = Quarantine(tmp_path / "list.jsonl", 1000)
+    bad = [(row["key"], str(tmp_path / row["dataset"] / f"{row['dataset']}-000000.tar"), row["offset"])
+           for row in table([tmp_path / "one", tmp_path / "other"])]
+    assert len({key for key, *_ in bad}) < len(set(bad)) == len(bad), "no key of two tiles"
+    for tile in bad:
+        kept.add(*tile, "its bytes changed on disk")
+    assert len(listed(tmp_path, "list.jsonl")) == len(bad)
+
+
 # ---- through the command that a user types
 
-def test_a_training_stopped_twice_on_other_ranks_has_the_ledger_of_one_rank(runs: Path, hurt: list[Path],
-                                                                           tmp_path: Path) -> None:
-    """Three ranks, then one, then two across the end of an epoch; even mixture, bad tiles; held against the ranks
-    above."""
+def test_a_training_that_goes_on_with_other_ranks_has_the_ledger_of_one_rank(runs: Path, hurt: list[Path],
+                                                                            tmp_path: Path) -> None:
+    """Three ranks, then two across the end of an epoch; an even mixture with bad tiles; held against the rank above."""
     run, last = tmp_path / "run", 11
     command = ["train", "demo", f"run={run}", f"data.shards=[{','.join(map(str, hurt))}]", f"data.batch={BATCH}",
                "data.split=train", "data.mixture=even", "data.window=4", f"steps={last}", "seed=7", "device=cpu",
                "debug.ledger=true", "checkpoint.every=100", "log.pictures=0", "method.views.size=16",
                "encoder.args.layers=[1,1,1,1]", "encoder.args.channels=[8,8,16,16]"]
-    for ranks, stop in ((3, 4), (1, 6), (2, last)):
-        launch = ["launch", "local", f"ranks={ranks}", "--"] if ranks > 1 else []
-        done = subprocess.run([sys.executable, "-m", "ssl_dist", *launch, *command, f"stop={stop}"], check=False,
-                              capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=200)
+    for ranks, stop in ((3, 4), (2, last)):
+        done = subprocess.run([sys.executable, "-m", "ssl_dist", "launch", "local", f"ranks={ranks}", "--", *command,
+                               f"stop={stop}"], capture_output=True, text=True, check=False, timeout=200,
+                              env={**os.environ, "PYTHONPATH": str(ROOT)})
         assert done.returncode == 0, done.stderr[-4000:]
     assert ledger(run) == [line for line in truth(runs, "hurt and even") if line[0] < last]
     attempts = json.loads((run / "run.json").read_text())["attempts"]
     assert [(each["world"], each["from_step"], each["to_step"]) for each in attempts] == [
-        (3, 0, 4), (1, 4, 6), (2, 6, last)]
+        (3, 0, 4), (2, 4, last)]
 
 
 if __name__ == "__main__":

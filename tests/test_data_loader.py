@@ -14,7 +14,7 @@ import torch
 
 from shards import index
 from shards.index import ShardError
-from ssl_dist.data import augment, dali, opencv
+from ssl_dist.data import augment, dali, opencv, stain
 from ssl_dist.data.batch import Batch, View
 from ssl_dist.data.loader import Loader
 from ssl_dist.data.quarantine import Quarantine
@@ -77,6 +77,51 @@ def test_a_batch_is_made_of_the_tiles_and_numbers_of_its_step(shard: Path) -> No
             opencv.draw(image, stroke, view.size, expected)
             assert np.array_equal(batch.views[number][place].numpy(), expected)
             assert batch.boxes[number][place] == pytest.approx(numbers.box_N4[0], abs=0)
+
+
+def stained(shard: Path) -> stain.Fit:
+    """A fit in which every slide but one has stains of its own."""
+    reader, random = Reader([shard]), np.random.default_rng(2)
+    slides = sorted(set(reader.column("slide", reader.all_rows())))
+    name = reader.indexes[0].datasets[0]["name"]
+    pairs = np.array([stain.HAEMATOXYLIN, stain.EOSIN]) + random.uniform(0, 0.2, (len(slides), 2, 3))
+    pairs /= np.linalg.norm(pairs, axis=2, keepdims=True)
+    mean, spread = np.array([160.0, 150, 118, 35, 8, 6]), np.array([20.0, 6, 5, 8, 2, 1.5])
+    return stain.Fit(mean, spread, np.ones(1), mean[None], np.diag(spread**2)[None], pairs[0], np.array([1.1, 0.9]),
+                     {(name, slide): (pair, np.array([1.0 + number / 9, 0.8]))
+                      for number, (slide, pair) in enumerate(zip(slides[1:], pairs[1:], strict=True))}, ["f"], 1, {})
+
+
+def test_a_slides_own_stains_move_its_tiles_and_no_others(shard: Path, tmp_path: Path) -> None:
+    fit = stained(shard)
+    view = View(size=40, stain=0.2, basis="reference", randstain=0.5, jitter=0, grey=0, blur=0)
+
+    def made_of(folder: Path, listed: Quarantine | None = None) -> Loader:
+        reader = Reader([folder], "train")
+        made.append(Loader(reader, Stream(reader.counts, seed=5, window=2, batch=BATCH), (view,), rank=0, world=1,
+                           device=torch.device("cpu"), threads=2, ahead=2, fit=fit, quarantine=listed))
+        return made[-1]
+
+    def expected(mine: Loader, batch: Batch) -> np.ndarray:
+        drawn, name = np.empty((BATCH, 40, 40, 3), np.uint8), mine.reader.indexes[0].datasets[0]["name"]
+        for place, (row, slide) in enumerate(zip(batch.rows, mine.reader.column("slide", batch.rows), strict=True)):
+            pair, strength = fit.slides.get((name, slide), (fit.reference_23, fit.reference_strength_2))
+            palette = stain.Palette(fit, stain.complete(pair)[None], strength[None])
+            numbers = augment.numbers(view, augment.uniforms(5, 0, 0, int(batch.positions[place]), 1), palette)
+            image = dali.Decoder(1, 1)(mine.reader.read(np.array([row])))[0]
+            opencv.draw(image, opencv.strokes(numbers)[0], 40, drawn[place], opencv.lab_statistics(image))
+        return drawn
+
+    mine = made_of(shard)
+    batch = mine.make(1)
+    assert len(set(mine.reader.column("slide", batch.rows))) > 1
+    assert np.array_equal(batch.views[0].numpy(), expected(mine, batch))
+    # A tile that takes a bad one's place brings its own slide's stains.
+    broken(shard, tmp_path / "hurt", batch.rows[:6].tolist())
+    hurt = made_of(tmp_path / "hurt", Quarantine(tmp_path / "list.jsonl", 99))
+    other = hurt.make(1)
+    assert not set(other.rows.tolist()) & set(batch.rows[:6].tolist())
+    assert np.array_equal(other.views[0].numpy(), expected(hurt, other))
 
 
 def test_resuming_gives_the_later_part_of_the_same_batches(shard: Path) -> None:

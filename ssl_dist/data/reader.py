@@ -167,13 +167,13 @@ class Reader:
 
     def codes(self, name: str, rows: np.ndarray) -> np.ndarray:
         """A column of words at the given rows, as numbers; folders do not share any."""
-        columns = [_coded(table, name) for table in self.tables]
-        base = np.cumsum([0, *(len(words) for _, words in columns)])
+        columns = [table[name].combine_chunks() for table in self.tables]
+        base = np.cumsum([0, *(len(column.dictionary) for column in columns)])
         folder = np.searchsorted(self._base, rows, side="right") - 1
         found = np.empty(len(rows), np.int64)
         for number in np.unique(folder).tolist():
             here = folder == number
-            found[here] = base[number] + columns[number][0][rows[here] - self._base[number]]
+            found[here] = base[number] + columns[number].indices.to_numpy()[rows[here] - self._base[number]]
         return found
 
     def read(self, rows: np.ndarray) -> list[np.ndarray]:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from ssl_dist.data import dali
+from ssl_dist.data import dali, sweep
 from ssl_dist.data.loader import Loader
 from ssl_dist.data.reader import Reader
 from ssl_dist.data.stream import Stream
@@ -30,16 +30,57 @@ def test_the_gpu_draws_what_the_twin_draws(step: str, data: Path) -> None:
     encoded += [on_cpu.png(image) for image in on_cpu.decoded(on_cpu.real(data))]
     images, numbers = on_cpu.decoded(encoded), on_cpu.chosen(view, len(encoded))
     (drawn,) = pixels(dali.Drawer((view,), len(encoded), 2, 0)(encoded, [numbers]))
-    on_cpu.compare(drawn, images, numbers, view, average=0.2)
+    on_cpu.compare(drawn, images, numbers, view, average=0.3)
 
 
-def test_the_gpu_decodes_jpeg_as_pillow_does(data: Path) -> None:
+@pytest.mark.parametrize("way", dali.WAYS)
+def test_the_gpu_decodes_jpeg_as_pillow_does(way: str, data: Path) -> None:
     encoded, view = on_cpu.real(data), on_cpu.STEPS["whole"]        # 96 pixels to 96: nothing but decoding
-    (drawn,) = pixels(dali.Drawer((view,), len(encoded), 2, 0)(encoded, [on_cpu.chosen(view, len(encoded))]))
+    (drawn,) = pixels(dali.Drawer((view,), len(encoded), 2, 0, way)(encoded, [on_cpu.chosen(view, len(encoded))]))
     for mine, theirs in zip(drawn, on_cpu.decoded(encoded), strict=True):
         apart = np.abs(mine.astype(int) - theirs)
         assert apart.mean() < 0.6
         assert apart.max() <= 4
+
+
+@pytest.mark.parametrize("way", dali.WAYS)
+def test_what_others_write_is_drawn_by_the_loader_whatever_the_gpus_decoder_takes(way: str, data: Path) -> None:
+    """CMYK, 16 bits, a picture to be turned: where the GPU's decoder refuses, the CPU's has a second chance."""
+    view = replace(on_cpu.PLAIN, size=131)
+    for name, (encoded, shown) in on_cpu.odd(data).items():
+        numbers = on_cpu.chosen(view, 1)
+        for each in (way, "cpu"):
+            try:
+                (drawn,) = pixels(dali.Drawer((view,), 1, 2, 0, each)([encoded], [numbers]))
+                break
+            except RuntimeError:
+                assert each != "cpu", f"{name} cannot be decoded at all"
+        expected, _ = on_cpu.twin(shown, numbers, 0, view.size)
+        apart = np.abs(drawn[0].astype(int) - expected)
+        assert apart.mean() < 1.0, (name, apart.mean())
+
+
+def test_the_fastest_way_to_decode_is_found_and_kept(data: Path, tmp_path: Path,
+                                                     monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    encoded = on_cpu.real(data) * 4
+    found = sweep.on_gpu(encoded, 2, 0)
+    assert found in dali.WAYS
+    assert list(sweep.read(sweep.home()).values()) == [found]
+    assert sweep.on_gpu(encoded, 2, 0) == found
+
+
+@pytest.mark.parametrize("way", dali.WAYS)
+def test_of_many_tiles_a_broken_one_is_an_error_and_no_crash(way: str, data: Path) -> None:
+    encoded = on_cpu.real(data) * 4
+    numbers = on_cpu.chosen(on_cpu.PLAIN, len(encoded))
+    drawer = dali.Drawer((on_cpu.PLAIN,), len(encoded), 2, 0, way)
+    (good,) = pixels(drawer(encoded, [numbers]))
+    for broken in (encoded[0][:30], encoded[0][:0], encoded[0][:len(encoded[0]) // 2], encoded[0][5:]):
+        with pytest.raises(RuntimeError):
+            drawer([*encoded[:40], broken, *encoded[41:]], [numbers])
+        apart = np.abs(pixels(drawer(encoded, [numbers]))[0].astype(int) - good)
+        assert apart.mean() < 0.1
 
 
 def test_the_gpus_views_are_not_overwritten_by_the_next_call(data: Path) -> None:
@@ -68,7 +109,7 @@ def loader(shard: Path, device: str, *, rank: int = 0, world: int = 1) -> Loader
     reader = Reader([shard], "train")
     views = (replace(on_cpu.ALL, size=48), replace(on_cpu.PLAIN, size=32))
     return Loader(reader, Stream(reader.counts, seed=5, window=2, batch=12), views, rank=rank, world=world,
-                  device=torch.device(device), threads=2, ahead=2)
+                  device=torch.device(device), threads=2, ahead=2, fit=on_cpu.palette(1).fit)
 
 
 def test_the_loader_gives_the_same_pictures_on_the_gpu_as_on_the_cpu(shard: Path) -> None:
