@@ -2,12 +2,12 @@
 
     python benchmarks/data.py [--tiles monuseg|pcam|slides|painted] [--views simclr|dino] [--rounds N] [--steps N]
 
-    ours                        our loader as training uses it: pread, DALI decode, one fused OpenCV function a view, threads
+    ours                        our loader as training uses it: pread, libjpeg-turbo, one fused OpenCV function a view
     webdataset + OpenCV         the webdataset library, worker processes, OpenCV decode, the same fused function
-    webdataset + torchvision    PIL decode, torchvision's v2 transforms on PIL images or on tensors, whichever is faster here
+    webdataset + torchvision    PIL decode, torchvision's v2 transforms on PIL images or tensors, whichever is faster
     torch DataLoader + PIL      a map-style dataset that reads the tars in place; PIL and nothing else
     DALI alone                  DALI's own webdataset reader, operators and random numbers
-    decode alone, ...           what is in memory already, by simplejpeg in threads and by DALI
+    decode alone, ...           what is in memory already: simplejpeg in threads, our decoder, DALI's
     views alone                 our view kernels on tiles that are decoded already
     read alone, ...             our reader, and a plain loop of pread and crc32 over the same ranges
 
@@ -23,7 +23,7 @@ import os
 import random
 import sys
 import tempfile
-import time
+import warnings
 import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -49,7 +49,7 @@ from torch.utils.data import DataLoader, Dataset, RandomSampler, default_collate
 from torchvision.transforms import v2
 
 from shards import index
-from ssl_dist.data import augment, dali, opencv
+from ssl_dist.data import augment, dali, decode, opencv
 from ssl_dist.data.batch import View, each
 from ssl_dist.data.loader import Loader
 from ssl_dist.data.presets import PRESETS
@@ -74,7 +74,7 @@ class Setting:
     encoded: list[np.ndarray]
     rows: np.ndarray                                # of the encoded tiles, in the catalogue
     decoded: list[np.ndarray] = field(default_factory=list)
-    device: torch.device = torch.device("cpu")
+    device: str = "cpu"
 
     @property
     def tars(self) -> list[Path]:
@@ -95,7 +95,8 @@ def ours(given: Setting, **how: Any) -> Made:
     reader = Reader(given.shards)
     stream = Stream(reader.counts, seed=0, window=16, batch=BATCH)
     with tempfile.TemporaryDirectory() as folder:
-        loader = Loader(reader, stream, given.views, rank=0, world=1, device=given.device, threads=CORES, ahead=AHEAD,
+        loader = Loader(reader, stream, given.views, rank=0, world=1, device=torch.device(given.device),
+                        threads=CORES, ahead=AHEAD,
                         quarantine=Quarantine(Path(folder) / "quarantine.jsonl", 0), **how)
         try:
             for batch in loader.batches(0, 10**9):
@@ -145,8 +146,8 @@ def _transforms(views: tuple[View, ...], tensors: bool) -> list[v2.Transform]:
     made = []
     for view in views:
         window = 2 * int(np.ceil(3 * view.sigma[1])) + 1
-        steps = [v2.RandomResizedCrop(view.size, view.scale, view.ratio),
-                 v2.RandomApply([v2.ColorJitter(view.brightness, view.contrast, view.saturation, view.hue)], view.jitter),
+        jitter = v2.ColorJitter(view.brightness, view.contrast, view.saturation, view.hue)
+        steps = [v2.RandomResizedCrop(view.size, view.scale, view.ratio), v2.RandomApply([jitter], view.jitter),
                  v2.RandomGrayscale(view.grey),
                  v2.RandomApply([v2.GaussianBlur(window, view.sigma)], view.blur),
                  v2.RandomSolarize(128, view.solarise),
@@ -245,7 +246,8 @@ def native(given: Setting) -> Made:
                                         index_paths=[str(tar.with_suffix(".idx")) for tar in given.tars],
                                         initial_fill=200, tensor_init_bytes=32768)
         image = fn.decoders.image(encoded, device="cpu", output_type=types.RGB)
-        pipeline.set_outputs(fn.get_property(encoded, key="source_info"), *(_native(image, view) for view in given.views))
+        names = fn.get_property(encoded, key="source_info")
+        pipeline.set_outputs(names, *(_native(image, view) for view in given.views))
     pipeline.build()
     while True:
         names, *views = pipeline.run()
@@ -285,19 +287,28 @@ def _bytes(values: Any) -> Any:
 
 def decode_simple(given: Setting) -> Made:
     """libjpeg-turbo, called directly, in threads."""
+    return _decoded(given, lambda some: lambda row: simplejpeg.decode_jpeg(some[row], "RGB"))
+
+
+def decode_ours(given: Setting) -> Made:
+    """Our decoder, as the loader calls it."""
+    return _decoded(given, decode.Decoder(BATCH, CORES).open)
+
+
+def _decoded(given: Setting, opened: Callable[[list[np.ndarray]], Callable[[int], np.ndarray]]) -> Made:
     with ThreadPoolExecutor(CORES) as pool:
         for some in _portions(given.encoded):
-            pictures: list[Any] = [None] * BATCH
+            picture, pictures = opened(some), [None] * BATCH
 
-            def one(row: int, some: list = some, pictures: list = pictures) -> None:
-                pictures[row] = simplejpeg.decode_jpeg(some[row], "RGB")
+            def one(row: int, picture: Callable = picture, pictures: list = pictures) -> None:
+                pictures[row] = picture(row)
 
             opencv.spread(pool, one, range(BATCH))
             yield pictures, []
 
 
 def decode_dali(given: Setting) -> Made:
-    """Our decoder, which is DALI's."""
+    """DALI's decoder on the CPU."""
     decoder = dali.Decoder(BATCH, CORES)
     for some in _portions(given.encoded):
         yield decoder(some), []
@@ -310,7 +321,7 @@ def views_alone(given: Setting) -> Made:
                 for number, view in enumerate(given.views)] for batch in range(16)]
     with ThreadPoolExecutor(CORES) as pool:
         for own, some in zip(itertools.cycle(numbers), _portions(given.decoded)):
-            yield [torch.from_numpy(view) for view in opencv.views(some, own, sizes, pool)], []
+            yield [torch.from_numpy(view) for view in opencv.views(some.__getitem__, own, sizes, pool)], []
 
 
 def read_ours(given: Setting) -> Made:
@@ -352,7 +363,7 @@ def _portions(things: Any) -> Iterator[Any]:
 
 def on_gpu(given: Setting) -> dict[str, Callable[[], Made]]:
     """The whole path with every way of decoding, and what it is made of."""
-    gpu = replace(given, device=torch.device("cuda", 0))
+    gpu = replace(given, device="cuda:0")
     nothing = replace(gpu, views=tuple(replace(view, stain=0.0, jitter=0.0, grey=0.0, blur=0.0, solarise=0.0)
                                        for view in given.views))
     made: dict[str, Callable[[], Made]] = {}
@@ -364,7 +375,7 @@ def on_gpu(given: Setting) -> dict[str, Callable[[], Made]]:
 
 def decode_to_gpu(given: Setting, way: str) -> Made:
     """Bytes in memory to pixels on the GPU; by the CPU's cores it is a decode and a copy."""
-    drawer = dali.Drawer((), BATCH, CORES, given.device.index, way)
+    drawer = dali.Drawer((), BATCH, CORES, torch.device(given.device).index, way)
     for some in _portions(given.encoded):
         drawer(some, [])
         yield [], []
@@ -375,7 +386,8 @@ def decode_to_gpu(given: Setting, way: str) -> Made:
 WHOLE: dict[str, Callable[[Setting], Made]] = {
     "ours": ours, "webdataset + OpenCV": library, "torch DataLoader + PIL": plain, "DALI alone": native}
 PARTS: dict[str, Callable[[Setting], Made]] = {
-    "decode alone, simplejpeg": decode_simple, "decode alone, DALI": decode_dali, "views alone": views_alone,
+    "decode alone, simplejpeg": decode_simple, "decode alone, ours": decode_ours, "decode alone, DALI": decode_dali,
+    "views alone": views_alone,
     "read alone, ours": read_ours, "read alone, a plain loop": read_plain}
 NOTES = {
     "webdataset + torchvision": "no stain step; jitter in random order, contrast about the picture's own mean: another "
@@ -395,10 +407,10 @@ class Seen:
 
 
 def checked(made: Made, whole: bool, views: tuple[View, ...], seen: Seen) -> measure.Batches:
-    """Counts a contender's tiles and looks at its pictures: at all of the first batches, before the clock runs."""
+    """Counts a contender's tiles and looks at its pictures: at the first batches, before the clock runs."""
     try:
         for number, (pictures, names) in enumerate(made):
-            if number < measure.WARM:
+            if number < measure.LOOK:
                 look(pictures, whole, views, seen)
             seen.names.update(names)
             seen.tiles += BATCH
@@ -429,9 +441,9 @@ def bound(turns: dict[str, list[Turn]]) -> dict[str, Any]:
     """Tiles a second if the fastest decoder and our kernels were all there is to do, and our share of it, by rounds."""
     found: dict[str, Any] = {}
     for key, rate in (("wall", Turn.rate.fget), ("cpu", Turn.rate_cpu.fget)):       # type: ignore[attr-defined]
-        decode = [max(map(rate, each)) for each in zip(turns["decode alone, simplejpeg"], turns["decode alone, DALI"],
-                                                       strict=True)]
-        bounds = [1 / (1 / one + 1 / rate(views)) for one, views in zip(decode, turns["views alone"], strict=True)]
+        decoders = [own for name, own in turns.items() if name.startswith("decode alone, ")]
+        fastest = [max(map(rate, each)) for each in zip(*decoders, strict=True)]
+        bounds = [1 / (1 / one + 1 / rate(views)) for one, views in zip(fastest, turns["views alone"], strict=True)]
         shares = [rate(own) / most for own, most in zip(turns["ours"], bounds, strict=True)]
         found |= {f"{key}_images_per_second": round(median(bounds), 1), f"{key}_share": round(median(shares), 3),
                   f"{key}_share_quartiles": [round(value, 3) for value in measure.quartiles(shares)]}
@@ -441,15 +453,17 @@ def bound(turns: dict[str, list[Turn]]) -> dict[str, Any]:
 def plot(found: dict[str, Any]) -> Any:
     """Bars by the clock and by CPU-second, a dot a round."""
     rows = found["contenders"][::-1]
-    whole = [row for row in rows if row["whole"]]
-    figure, axes = plt.subplots(1, 2, figsize=(11, 0.6 + 0.32 * len(rows)), layout="constrained", sharey=True)
+    figure, axes = plt.subplots(1, 2, figsize=(11, 0.8 + 0.32 * len(rows)), layout="constrained", sharey=True)
     for axis, key, name in ((axes[0], "", "images_per_second"), (axes[1], "cpu_", "images_per_cpu_second")):
+        # Reading is a hundred times as fast as all else, and would leave it no room.
+        room = 1.15 * max(max(row[f"{key}rounds"]) for row in rows if not row["name"].startswith("read"))
         for height, row in enumerate(rows):
             axis.barh(height, row[name], color="#7a4f8a" if row["whole"] else "#b9b3bd")
             axis.plot(row[f"{key}rounds"], [height] * len(row[f"{key}rounds"]), ".", color="black", markersize=3)
-            axis.text(max(row[f"{key}rounds"]), height, f"  {row[f'{key}ratio']:.2f}", va="center", fontsize=8)
-        # Reading is a hundred times as fast as all else, and would leave it no room.
-        axis.set_xlim(0, 2.5 * max(max(row[f"{key}rounds"]) for row in whole))
+            away = row[name] > room
+            axis.text(room if away else max(row[f"{key}rounds"]), height, f"  {row[f'{key}ratio']:.2f}  ",
+                      ha="right" if away else "left", va="center", fontsize=8)
+        axis.set_xlim(0, room)
         axis.set_xlabel(f"tiles a {'CPU-second' if key else 'second'} (bars: medians, numbers: against ours)")
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].set_yticks(range(len(rows)), [row["name"] for row in rows])
@@ -467,6 +481,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=60, help=f"batches of {BATCH} a turn")
     parser.add_argument("--results", type=Path, default=measure.RESULTS, help="folder to write to")
     told = parser.parse_args()
+    warnings.filterwarnings("ignore", "The given NumPy array is not writable")      # PIL's, which are copied at once
     found: dict[str, Any] = measure.machine("webdataset", "simplejpeg", "pillow")
     with tempfile.TemporaryDirectory() as folder:
         given = setting(measure.shards(told.tiles, Path(folder)), each(VIEWS[told.views]))

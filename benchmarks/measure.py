@@ -30,8 +30,10 @@ RESULTS = Path(__file__).resolve().parent / "results"
 DATA = Path(os.environ.get("SSL_DIST_DATA", "../shared/data"))
 CORES = len(os.sched_getaffinity(0))
 PAINTED = 6             # slides of 4096 pixels: some 900 tiles
-WARM = 4                # batches of a turn that do not count: they wait for threads and processes to start
-LIMIT = 20.0            # seconds after which a turn ends, whatever it was asked for
+WARM = 10               # batches of a turn that do not count: the first wait for threads and processes to start, and
+                        # while they are looked at, others are made ahead (as many as worker processes keep: 6)
+LOOK = 2                # of them
+LEAST, LIMIT = 3.0, 20.0        # seconds that a turn lasts, whatever it was asked for
 
 # Tiles by name: what `ssl-dist shard` is told of each folder. Regions and slides are cut to 256 pixels, at the
 # resolution that they have.
@@ -149,7 +151,7 @@ def interleave(contenders: dict[str, Callable[[], Batches]], rounds: int, steps:
 
 
 def turn(batches: Batches, steps: int, finish: Callable[[], None] = lambda: None) -> Turn:
-    """`steps` batches, counted from when all is running to before it ends; `finish` waits for what is under way.
+    """`steps` batches or more, from when all is running to before it ends; `finish` waits for what is under way.
 
     A turn ends its threads and processes: what one contender prepares ahead would otherwise be made in another's time.
     """
@@ -157,11 +159,10 @@ def turn(batches: Batches, steps: int, finish: Callable[[], None] = lambda: None
     for _ in range(WARM):
         next(batches)
     finish()
-    tiles, started, spent = 0, time.perf_counter(), cpu_seconds()
-    for _ in range(steps):
+    tiles, made, passed, started, spent = 0, 0, 0.0, time.perf_counter(), cpu_seconds()
+    while (made < steps or passed < LEAST) and passed < LIMIT:
         tiles += next(batches)
-        if time.perf_counter() - started > LIMIT:
-            break
+        made, passed = made + 1, time.perf_counter() - started
     finish()
     found = Turn(tiles, time.perf_counter() - started, cpu_seconds() - spent)
     batches.close()         # type: ignore[attr-defined]

@@ -157,7 +157,7 @@ def from_checkpoint(settings: Train, path: Path) -> Path:
 def _reader(settings: Train) -> Reader:
     data = settings.data
     stage = Stage(data.stage, int(data.stage_gb * 1e9)) if data.stage else None
-    return Reader(data.shards, data.split, data.only, data.block, stage)
+    return Reader(data.shards, data.split, data.only, data.block, stage, data.readers)
 
 
 def _stream(settings: Train, reader: Reader) -> Stream:

@@ -1,6 +1,7 @@
 """The catalogue and the bytes of shard folders, against tarfile and plain lists."""
 
 import json
+import os
 import shutil
 import tarfile
 import zlib
@@ -287,3 +288,40 @@ def test_a_choice_that_leaves_nothing_says_what_there_is(chosen_from: tuple) -> 
         Reader(paths, only={"mpp": [2.0]})
     with pytest.raises(ShardError, match=r"no tile .* is of all of \{'label': \['fat'\], 'dataset': \['set1'\]\}"):
         Reader(paths, only={"label": ["fat"], "dataset": ["set1"]})
+
+
+@pytest.mark.parametrize("readers", [1, 2, 8])
+def test_many_readers_read_what_one_reads_in_the_same_order(readers: int, shard: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(shard, copy)
+    one, many = Reader([shard]), Reader([copy], readers=readers)
+    rows = np.random.default_rng(0).permutation(one.all_rows())
+    assert len(rows) > 4 * 8
+    expected = one.read(rows)
+    assert all(map(np.array_equal, many.read(rows), expected))
+    _, tar, offset = many.place(int(rows[20]))
+    with tar.open("r+b") as handle:
+        handle.seek(offset + 30)
+        handle.write(b"\0\1\2\3")
+    found = many.fetch(rows)
+    assert found[20] is None
+    assert all(np.array_equal(found[place], image) for place, image in enumerate(expected) if place != 20)
+    many._open_limit = 2        # fewer than the tars of a batch
+    again = many.fetch(rows)
+    assert [image is None for image in again] == [image is None for image in found]
+    many.close()
+    one.close()
+
+
+def test_a_disk_that_fails_is_the_disks_trouble_and_not_the_tiles(shard: Path, tmp_path: Path) -> None:
+    """A directory in a descriptor's place: reading it fails as a dying disk does, with an error of the system."""
+    for readers in (1, 4):
+        mine = Reader([shard], readers=readers)
+        rows = mine.all_rows()
+        mine.fetch(rows)
+        for tar, descriptor in list(mine._open.items()):
+            os.close(descriptor)
+            mine._open[tar] = os.open(tmp_path, os.O_RDONLY)
+        with pytest.raises(OSError, match="Is a directory"):
+            mine.fetch(rows)
+        mine.close()

@@ -270,8 +270,8 @@ def test_a_rank_that_does_not_copy_reads_a_folders_tars_where_they_are_and_copie
 
 def test_the_copies_stay_within_the_limit_and_are_those_that_are_needed_soonest(folders: list[Path],
                                                                                 tmp_path: Path) -> None:
-    """At every rest the first of the coming tars that fit are there, whatever was there before; and while one is made,
-    all that are needed before it."""
+    """At every rest the first of the coming tars that fit are there, whatever was there before; while one is made, all
+    that are needed before it; and none of them is removed only to be copied again."""
     mine = reader(folders, tmp_path / "stage", limit := 150_000)
     of, names = stream(mine), of_tars(mine)
     sizes = [copy.size for copy in mine._copies]
@@ -282,11 +282,13 @@ def test_the_copies_stay_within_the_limit_and_are_those_that_are_needed_soonest(
         fit = np.cumsum([sizes[names.index(name)] for name in coming]) <= limit
         soonest = {name for name, fits in zip(coming, fit, strict=True) if fits}
         with watched(tmp_path / "stage") as looks:
+            expected = mine.stage.copied + len(soonest - there(tmp_path / "stage"))
             if start > before:
                 mine.at(start)
             else:
                 mine.follow(of, start, stop, copying=True)
-            until(lambda soonest=soonest: soonest <= there(tmp_path / "stage"))
+            until(lambda expected=expected: mine.stage.copied >= expected)
+            assert soonest <= there(tmp_path / "stage") and mine.stage.copied == expected
         before = start
         assert max(look.used for look in looks) <= limit
         for look in looks:
@@ -470,6 +472,7 @@ Stage(Path(folder), 10**9)._make(Copy(Path(pipe), Path(path), int(size), sha256)
         copier.send_signal(signal.SIGKILL)
         copier.wait()
     assert draft.stat().st_size == len(whole) and not sound.path.exists()
+    sound.path.write_bytes(whole[:-1])
     assert mine.open(replace(sound, source=tar)) is None, "a folder's is read where it is"
 
     # What it left takes room, which is taken from it where there is no other.
@@ -483,6 +486,24 @@ Stage(Path(folder), 10**9)._make(Copy(Path(pipe), Path(path), int(size), sha256)
     assert os.pread(descriptor, len(whole), 0) == whole == sound.path.read_bytes()
     os.close(descriptor)
     assert not list(folder.glob("*.draft"))
+
+
+def test_a_draft_that_became_a_copy_while_it_was_claimed_is_not_written_to(tmp_path: Path,
+                                                                            monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its maker renames it between our opening and our locking it."""
+    draft, lock = tmp_path / ".a.tar.draft", fcntl.flock
+    draft.write_bytes(b"whole")
+
+    def late(descriptor: int, kind: int) -> None:
+        if not (tmp_path / "a.tar").exists():
+            draft.rename(tmp_path / "a.tar")
+        lock(descriptor, kind)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    descriptor = stage._claim(draft)
+    os.pwrite(descriptor, b"half", 0)
+    os.close(descriptor)
+    assert (tmp_path / "a.tar").read_bytes() == b"whole" and draft.read_bytes() == b"half"
 
 
 # --- trouble

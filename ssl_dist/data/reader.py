@@ -1,10 +1,12 @@
 """Several shard folders as one catalogue of samples, and the bytes of any of them, held against the index."""
 
+import itertools
 import os
 import resource
 import zlib
 from collections import OrderedDict
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +20,7 @@ from ssl_dist.data.stage import Copy, Stage, Url
 from ssl_dist.data.stream import Stream
 
 LOOK = 16           # fetches until descriptors are looked through for copies that are no more
+PIECE = 8           # tiles that one thread reads: a task a tile would cost as much as the tile
 
 
 class Reader:
@@ -28,7 +31,7 @@ class Reader:
     """
 
     def __init__(self, folders: Sequence[Path | str], split: str = "", only: dict[str, list] | None = None,
-                 block: Path | None = None, stage: Stage | None = None):
+                 block: Path | None = None, stage: Stage | None = None, readers: int = 1):
         self.folders, self.split, self.stage = [stages.place(folder) for folder in folders], split, stage
         self.only = {**({"split": [split]} if split else {}), **(only or {})}
         blocked = pa.array(block.read_text(encoding="utf-8").split(), pa.string()) if block else None
@@ -67,6 +70,7 @@ class Reader:
         self._open: OrderedDict[int, int] = OrderedDict()   # tar -> file descriptor, the longest unused first
         self._copied: set[int] = set()                      # those of them that are of copies
         self._fetches = 0
+        self._readers = ThreadPoolExecutor(readers, thread_name_prefix="read") if readers > 1 else None
         self._open_limit = max(8, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4)
         if not self.counts.sum():
             raise ShardError(self._nothing(blocked is not None))
@@ -201,26 +205,39 @@ class Reader:
             local = rows[here] - self._base[number]
             where[:, here] = [column[local] for column in self._places[number]]
         where[0] += self._tar_base[folder]
-        images: list[np.ndarray | None] = []
-        for tar, offset, size, crc32 in zip(*where.tolist(), strict=True):
-            content = self._pread(tar, size, offset)
-            if zlib.crc32(content) != crc32 and tar in self._copied:        # what the copy lost is still at its source
-                self._discard(tar)
-                content = self._pread(tar, size, offset)
-            images.append(np.frombuffer(content, dtype=np.uint8) if zlib.crc32(content) == crc32 else None)
+        images: list[np.ndarray | None] = [None] * len(rows)
+        for group in self._groups(where[0]):
+            for place, image in zip(group.tolist(), self._some(where[:, group]), strict=True):
+                images[place] = image
         self._fetches += 1
         if self._fetches % LOOK == 0:
             self._let_go()
         return images
 
-    def _pread(self, tar: int, size: int, offset: int) -> bytes:
-        descriptor = self._descriptor(tar)
-        try:
-            return os.pread(descriptor, size, offset)
-        except OSError:
-            if tar not in self._copied:
-                raise
-            return b""          # the local disk is dying
+    def _groups(self, tars: np.ndarray) -> list[np.ndarray]:
+        """Places that are read together: of no more tars than may be open at once, and of copies, which may have to
+        make room for each other, one tar at a time."""
+        if not self.stage:
+            return [np.arange(first, min(first + self._open_limit, len(tars)))
+                    for first in range(0, len(tars), self._open_limit)]
+        return [np.flatnonzero(tars == tar) for tar in dict.fromkeys(tars.tolist())]
+
+    def _some(self, where: np.ndarray) -> list[np.ndarray | None]:
+        """The images at tars, offsets and sizes, with checksums: several at once, for a disk, and still more a network,
+        answers many questions as soon as one."""
+        open_ = [(self._descriptor(tar), offset, size, crc32) for tar, offset, size, crc32 in where.T.tolist()]
+        parts = [open_[first:first + PIECE] for first in range(0, len(open_), PIECE)]
+        read = self._readers.map(_read, parts) if self._readers and len(parts) > 1 else map(_read, parts)
+        images: list[np.ndarray | None] = []
+        for image, (tar, offset, size, crc32) in zip(itertools.chain(*read), where.T.tolist(), strict=True):
+            if not isinstance(image, np.ndarray) and tar in self._copied:   # what a copy lost is still at its source
+                self._discard(tar)
+            if not isinstance(image, np.ndarray) and self.stage:
+                (image,) = _read([(self._descriptor(tar), offset, size, crc32)])
+            if isinstance(image, OSError):
+                raise image
+            images.append(image)
+        return images
 
     def _descriptor(self, tar: int) -> int:
         if tar not in self._open and isinstance(self.tars[tar], Url):
@@ -277,8 +294,23 @@ class Reader:
     def close(self) -> None:
         """Closes the tars."""
         self.stop_staging()
+        if self._readers:
+            self._readers.shutdown(wait=True)
         while self._open:
             self._forget(next(iter(self._open)))
+
+
+def _read(places: list[tuple[int, int, int, int]]) -> list[np.ndarray | OSError | None]:
+    """The bytes at (descriptor, offset, size), where their checksum is the one that the writer took."""
+    found: list[np.ndarray | OSError | None] = []
+    for descriptor, offset, size, crc32 in places:
+        try:
+            content = os.pread(descriptor, size, offset)
+        except OSError as error:
+            found.append(error)
+        else:
+            found.append(np.frombuffer(content, dtype=np.uint8) if zlib.crc32(content) == crc32 else None)
+    return found
 
 
 def _rows_of(table: pa.Table, found: index.Index, only: dict[str, list], blocked: pa.Array | None) -> np.ndarray | None:
@@ -290,7 +322,7 @@ def _rows_of(table: pa.Table, found: index.Index, only: dict[str, list], blocked
         fits &= _fits(table, found, name, words)
     if blocked is not None:
         fits &= ~compute.is_in(table["key"], blocked).to_numpy()
-    return np.flatnonzero(fits)
+    return np.flatnonzero(fits).astype(np.int32)        # half the memory; a folder has no two billion
 
 
 def _fits(table: pa.Table, found: index.Index, name: str, words: list) -> np.ndarray:
