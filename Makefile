@@ -19,6 +19,8 @@ lint: $(READY)
 
 bench: $(READY)
 	@$(BIN)/python benchmarks/data.py
+	@$(BIN)/python benchmarks/data.py --views dino
+	@$(BIN)/python benchmarks/stream.py
 	@$(BIN)/python benchmarks/shard.py
 	@$(BIN)/python benchmarks/readme.py
 

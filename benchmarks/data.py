@@ -49,6 +49,7 @@ from torch.utils.data import DataLoader, Dataset, RandomSampler, default_collate
 from torchvision.transforms import v2
 
 from shards import index
+from ssl_dist.config import Data
 from ssl_dist.data import augment, dali, decode, opencv
 from ssl_dist.data.batch import View, each
 from ssl_dist.data.loader import Loader
@@ -58,7 +59,7 @@ from ssl_dist.data.reader import Reader
 from ssl_dist.data.stream import Stream
 
 BATCH = 64
-AHEAD = 3               # batches, ours and of every worker process
+AHEAD = Data.ahead      # batches, ours and of every worker process
 IN_MEMORY = 1024        # tiles for the views alone, decoded: 200 MB of 256 px
 VIEWS = {"simclr": (View(count=2, stain=0.05),), "dino": PRESETS["dino"].views}
 
@@ -92,8 +93,8 @@ def setting(shards: list[Path], views: tuple[View, ...]) -> Setting:
 
 def ours(given: Setting, **how: Any) -> Made:
     """Our loader, as training uses it."""
-    reader = Reader(given.shards)
-    stream = Stream(reader.counts, seed=0, window=16, batch=BATCH)
+    reader = Reader(given.shards, readers=Data.readers)
+    stream = Stream(reader.counts, seed=0, window=Data.window, batch=BATCH)
     with tempfile.TemporaryDirectory() as folder:
         loader = Loader(reader, stream, given.views, rank=0, world=1, device=torch.device(given.device),
                         threads=CORES, ahead=AHEAD,
@@ -324,9 +325,9 @@ def views_alone(given: Setting) -> Made:
             yield [torch.from_numpy(view) for view in opencv.views(some.__getitem__, own, sizes, pool)], []
 
 
-def read_ours(given: Setting) -> Made:
-    """Our reader, one thread, as the loader calls it."""
-    reader = Reader(given.shards)
+def read_ours(given: Setting, readers: int) -> Made:
+    """Our reader, as the loader calls it."""
+    reader = Reader(given.shards, readers=readers)
     try:
         for rows in _portions(given.rows):
             yield reader.read(rows), rows.tolist()
@@ -340,13 +341,13 @@ def read_plain(given: Setting) -> Made:
     files = {path: os.open(path, os.O_RDONLY) for path in {place[0] for place in places}}
     wanted = [(files[path], size, offset, crc32) for path, offset, size, crc32 in (places[row] for row in given.rows)]
     try:
-        for some in _portions(wanted):
+        for start in _starts(len(wanted)):
             images = []
-            for file, size, offset, crc32 in some:
+            for file, size, offset, crc32 in wanted[start:start + BATCH]:
                 content = os.pread(file, size, offset)
                 assert zlib.crc32(content) == crc32
                 images.append(np.frombuffer(content, np.uint8))
-            yield images, []
+            yield images, given.rows[start:start + BATCH].tolist()
     finally:
         for file in files.values():
             os.close(file)
@@ -354,9 +355,11 @@ def read_plain(given: Setting) -> Made:
 
 def _portions(things: Any) -> Iterator[Any]:
     """Batches of things, round and round."""
-    for start in itertools.count(0, BATCH):
-        start %= len(things) - BATCH + 1
-        yield things[start:start + BATCH]
+    return (things[start:start + BATCH] for start in _starts(len(things)))
+
+
+def _starts(count: int) -> Iterator[int]:
+    return (start % (count - BATCH + 1) for start in itertools.count(0, BATCH))
 
 
 # --- on a GPU
@@ -368,6 +371,11 @@ def on_gpu(given: Setting) -> dict[str, Callable[[], Made]]:
                                        for view in given.views))
     made: dict[str, Callable[[], Made]] = {}
     for way in dali.WAYS:
+        try:
+            next(decode_to_gpu(gpu, way))
+        except RuntimeError as error:       # no JPEG engine on this GPU, or not for such tiles
+            sys.stderr.write(f"decode {way}: left out ({str(error)[:200]})\n")
+            continue
         made[f"ours on the GPU, decode {way}"] = partial(ours, gpu, way=way)
         made[f"decode alone to the GPU, {way}"] = partial(decode_to_gpu, gpu, way)
     return made | {"ours on the GPU, crops only": partial(ours, nothing)}
@@ -388,13 +396,16 @@ WHOLE: dict[str, Callable[[Setting], Made]] = {
 PARTS: dict[str, Callable[[Setting], Made]] = {
     "decode alone, simplejpeg": decode_simple, "decode alone, ours": decode_ours, "decode alone, DALI": decode_dali,
     "views alone": views_alone,
-    "read alone, ours": read_ours, "read alone, a plain loop": read_plain}
+    f"read alone, ours, {Data.readers} threads": partial(read_ours, readers=Data.readers),
+    "read alone, ours, one thread": partial(read_ours, readers=1), "read alone, a plain loop": read_plain}
 NOTES = {
-    "webdataset + torchvision": "no stain step; jitter in random order, contrast about the picture's own mean: another "
-                                "distribution; resize with antialias; a blur window of 13 for all",
-    "torch DataLoader + PIL": "no stain step; contrast about the picture's own mean; resize with antialias",
-    "DALI alone": "the stain step is the same for all tiles; jitter in DALI's order",
+    "webdataset + torchvision": "jitter in random order, contrast about the picture's own mean: another distribution; "
+                                "resize with antialias; a blur window of 13 for all",
+    "torch DataLoader + PIL": "contrast about the picture's own mean; resize with antialias",
+    "DALI alone": "jitter in DALI's order",
 }
+UNSTAINED = {"webdataset + torchvision": "no stain step", "torch DataLoader + PIL": "no stain step",
+             "DALI alone": "the stain step is the same for all tiles"}
 
 
 @dataclass
@@ -500,15 +511,18 @@ def main() -> None:
              for name, make in everyone.items()}, told.rounds, told.steps,
             torch.cuda.synchronize if gpu else lambda: None)
     rows = measure.summary(turns, "ours")
+    notes = NOTES | {"webdataset + torchvision": NOTES["webdataset + torchvision"] + "; on "
+                     + ("tensors" if tensors else "PIL images")}
+    if any(view.stains for view in given.views):
+        notes |= {name: f"{how}; {notes[name]}" for name, how in UNSTAINED.items()}
     for row in rows:
         own = seen[row["name"]]
-        row |= {"whole": row["name"] in complete - {"views alone"}, "note": NOTES.get(row["name"], ""),
+        row |= {"whole": row["name"] in complete - {"views alone"}, "note": notes.get(row["name"], ""),
                 "made": own.tiles, "distinct": len(own.names) or None,
                 "mean_and_deviation": np.mean(own.colours, axis=0).round(1).tolist() if own.colours else None}
     found |= {"tiles": len(given.encoded), "tile": measure.described(told.tiles, given.encoded),
               "views": told.views, "views_a_tile": len(given.views), "batch": BATCH, "steps": told.steps,
-              "rounds": told.rounds, "torchvision_on": "tensors" if tensors else "PIL images", "contenders": rows,
-              "bound": bound(turns)}
+              "rounds": told.rounds, "contenders": rows, "bound": bound(turns)}
     sys.stderr.write(f"{measure.keep(found, 'data', plot, told.results)}\n")
 
 

@@ -167,7 +167,7 @@ def turn(batches: Batches, steps: int, finish: Callable[[], None] = lambda: None
     found = Turn(tiles, time.perf_counter() - started, cpu_seconds() - spent)
     batches.close()         # type: ignore[attr-defined]
     waited = time.perf_counter()
-    while threading.active_count() > threads or (left := set(children()) - before):
+    while (left := set(children()) - before) or threading.active_count() > threads:
         assert time.perf_counter() - waited < 30, f"left behind: {threading.enumerate()}, processes {left}"
         time.sleep(0.01)
     return found

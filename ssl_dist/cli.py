@@ -293,6 +293,39 @@ def show(folder: Annotated[Path, typer.Argument(help="A shard folder.")], debug:
 
 @app.command()
 @verb
+def bench(folders: Annotated[list[Path], typer.Argument(help="Shard folders.")],
+          views: Annotated[str, typer.Option(help="A preset of views.")] = "histology",
+          batch: Annotated[int, typer.Option(min=1, help="Tiles a step, of one rank.")] = 256,
+          seconds: Annotated[float, typer.Option(min=0.01, help="A turn; five parts take two each.")] = 5.0,
+          threads: Annotated[int, typer.Option(min=0, help="0: one a core.")] = 0,
+          as_json: Annotated[Path | None, typer.Option("--json", help="A file for the figures.",
+                                                       show_default=False)] = None,
+          debug: Debug = False) -> None:        # noqa: ARG001
+    """Measure the data path on your own shards and machine: what a step may take and never wait for its tiles."""
+    from rich.console import Console
+
+    from shards import folder, index
+    from ssl_dist import schema
+
+    for each in folders:
+        index.read(each)        # refused before torch is imported
+    from ssl_dist import bench as benches
+    from ssl_dist import dist
+    from ssl_dist.data import presets
+
+    if views not in presets.PRESETS:
+        raise schema.ConfigError([f"--views {views} is not one of {', '.join(presets.PRESETS)}"])
+    with bars() as progress:
+        found = benches.measure(folders, views, batch=batch, seconds=seconds, device=dist.device("auto"),
+                                threads=threads or len(os.sched_getaffinity(0)), progress=progress)
+    Console().print(benches.table(found))
+    say(*found.sentences())
+    if as_json:
+        folder.write(as_json, benches.as_json(found) + "\n")
+
+
+@app.command()
+@verb
 def views(folder: Annotated[Path | None, typer.Argument(help="A shard folder; without one, the presets are listed.",
                                                         show_default=False)] = None,
           preset: Annotated[list[str] | None, typer.Option(help="Draw these alone.", show_default="all")] = None,

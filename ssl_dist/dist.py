@@ -146,3 +146,36 @@ class _Gather(torch.autograd.Function):
 def gather_with_gradient(own_BD: Tensor) -> Tensor:
     """All ranks' rows in the order of the ranks, differentiable."""
     return _Gather.apply(own_BD) if world() > 1 else own_BD
+
+
+class _Sum(torch.autograd.Function):
+    """A sum over ranks, and of gradients: what any rank makes of the sum comes from all ranks' parts."""
+
+    @staticmethod
+    def forward(ctx: Any, own: Tensor, same: bool) -> Tensor:       # type: ignore[override]
+        ctx.same = same
+        total = own.contiguous().clone()
+        c10d.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:        # type: ignore[override]
+        if ctx.same:
+            return gradient * world(), None
+        gradient = gradient.contiguous().clone()
+        c10d.all_reduce(gradient)
+        return gradient, None
+
+
+def sum_with_gradient(own: Tensor, *, same: bool = False) -> Tensor:
+    """The sum over ranks, differentiable. `same`: all ranks do the same with it, so its gradient is known to each."""
+    return _Sum.apply(own, same) if world() > 1 else own
+
+
+def average(value: Tensor) -> Tensor:
+    """The mean of a tensor over ranks, without a gradient."""
+    if world() > 1:
+        value = value.detach().clone()
+        c10d.all_reduce(value)
+        value /= world()
+    return value

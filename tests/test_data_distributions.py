@@ -229,7 +229,7 @@ def symmetries(view: View, draws: int = 8000) -> np.ndarray:
         (side, turn) for side in (tile, tile[:, ::-1]) for turn in range(4))}
     assert len(known) == 8
     still = replace(view, size=4, scale=(1.0, 1.0), ratio=(1.0, 1.0), jitter=0, grey=0, blur=0, solarise=0)
-    (found,) = opencv.views([tile] * draws, [drawn(still, count=draws)], [4], POOL)
+    (found,) = opencv.views(lambda row: tile, [drawn(still, count=draws)], [4], POOL)
     return np.bincount([known[picture.tobytes()] for picture in found], minlength=8)
 
 
@@ -426,7 +426,9 @@ class Sorted:
 
 @cache
 def numbers_of(seed: int = 1, epoch: int = 0, view: int = 0) -> Sorted:
-    return Sorted.of(columns(augment.uniforms(seed, epoch, view, 0, MANY // 2)))
+    """Drawn 32 samples at a time, as a rank draws its share of a batch."""
+    batches = [augment.uniforms(seed, epoch, view, first, 32) for first in range(0, MANY // 2, 32)]
+    return Sorted.of(columns(np.concatenate(batches)))
 
 
 def test_the_numbers_of_a_view_do_not_hang_together() -> None:
@@ -457,7 +459,7 @@ def still(**changes: object) -> Numbers:
 
 def ours(tile: np.ndarray, size: int | None = None, **changes: object) -> np.ndarray:
     """A tile drawn by the kernel, as signed numbers."""
-    (found,) = opencv.views([tile], [still(**changes)], [size or len(tile)], POOL)
+    (found,) = opencv.views(lambda row: tile, [still(**changes)], [size or len(tile)], POOL)
     return found[0].astype(int)
 
 
@@ -551,7 +553,7 @@ def test_hue_moves_as_far_as_torchvisions(turn: float) -> None:
 # FOUND: ssl_dist/data/augment.py colour(): the signs of rotation[:, 2, 1] and [:, 1, 2]. A hue of +0.1 takes red
 # towards magenta and blue; torchvision's (and HSV's) +0.1 takes it towards yellow and green. No draw is spread
 # otherwise for it, for the interval is symmetric.
-@pytest.mark.parametrize("turn", [-0.2, -0.05, 0.05, 0.2])
+@pytest.mark.parametrize("turn", [-0.05, 0.2])
 def test_hue_moves_the_way_that_torchvisions_does(turn: float) -> None:
     mine, other = turned(turn)
     assert (np.sign(mine) == np.sign(other)).all(), f"{mine.mean():+.3f} turns, torchvision's {other.mean():+.3f}"

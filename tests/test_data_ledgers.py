@@ -262,6 +262,28 @@ def test_one_rank_sees_each_dataset_as_often_as_its_share(runs: Path, case: str,
     assert BATCH * STEPS < mixture.WINDOW < BATCH * (FAR + 12)
 
 
+@pytest.mark.parametrize("case", ["even", "weighted", "filtered and even"])
+def test_of_a_mixture_no_tile_comes_again_before_all_of_its_dataset_came(runs: Path, case: str,
+                                                                        folders: list[Path]) -> None:
+    tiles, repeated = wanted(case, runs, folders), 0
+    for name in WEIGHTS:
+        mine = {key for key, dataset in tiles.items() if dataset == name}
+        seen = [key for _, _, key in truth(runs, case) if tiles[key] == name]
+        for first in range(0, len(seen), len(mine)):
+            turn = seen[first:first + len(mine)]
+            assert len(set(turn)) == len(turn)
+            assert len(turn) < len(mine) or set(turn) == mine
+        repeated += len(seen) > 2 * len(mine)
+    assert repeated, "no dataset was gone through twice"
+
+
+def test_the_second_window_of_a_mixture_is_not_the_first_again(runs: Path) -> None:
+    far = [key for _, _, key in truth(runs, "even, far on")][mixture.WINDOW - FAR * BATCH:]
+    early = [key for _, _, key in truth(runs, "even")][:len(far)]
+    assert len(far) == len(early) > 100
+    assert sum(one == other for one, other in zip(far, early, strict=True)) < 15      # by chance 164 / 100
+
+
 @pytest.mark.parametrize("case", ["hurt", "hurt and even"])
 def test_bad_tiles_are_never_seen_and_all_else_is_where_it_was(runs: Path, case: str, folders: list[Path]) -> None:
     bad = {row["key"] for row in table(folders) if row["row"] % 9 == 0}

@@ -253,6 +253,12 @@ def test_what_is_staged_is_read_although_its_source_is_gone(copies: list[Path], 
         (tmp_path / "gone").rename(tmp_path / "sources")
 
 
+def test_the_stage_is_told_the_step_that_is_handed_out(folders: list[Path], tmp_path: Path) -> None:
+    mine = loader(reader(folders, tmp_path / "stage"))
+    told = [mine.reader.stage._step for _ in mine.batches(5, 14)]
+    assert told == list(range(5, 14)), "what one of an earlier step may still need could go, or what none needs stay"
+
+
 def test_a_rank_that_does_not_copy_reads_a_folders_tars_where_they_are_and_copies_a_urls(folders: list[Path],
                                                                                          tmp_path: Path) -> None:
     plain = reader(folders)
@@ -268,8 +274,9 @@ def test_a_rank_that_does_not_copy_reads_a_folders_tars_where_they_are_and_copie
 # --- the limit
 
 
-def test_the_copies_stay_within_the_limit_and_are_those_that_are_needed_soonest(folders: list[Path],
-                                                                                tmp_path: Path) -> None:
+@pytest.mark.parametrize("strange", [0, 50_000])
+def test_the_copies_stay_within_the_limit_and_are_those_that_are_needed_soonest(folders: list[Path], tmp_path: Path,
+                                                                                strange: int) -> None:
     """At every rest the first of the coming tars that fit are there, whatever was there before; while one is made, all
     that are needed before it; and none of them is removed only to be copied again."""
     mine = reader(folders, tmp_path / "stage", limit := 150_000)
@@ -277,9 +284,11 @@ def test_the_copies_stay_within_the_limit_and_are_those_that_are_needed_soonest(
     sizes = [copy.size for copy in mine._copies]
     assert sum(sizes) > 2 * limit and max(sizes) < limit / 4
     stop, before = 3 * of.steps_an_epoch, 0
+    (tmp_path / "stage").mkdir()
+    (tmp_path / "stage/somebody's").write_bytes(bytes(strange))
     for start in (0, 1, 2, 3, 5, 9, 10, 4, stop - 4, stop - 1):         # as if resumed, or begun anew
         coming = [names[tar] for tar in walked(of, start, min(stop, start + 2 * of.steps_an_epoch))]
-        fit = np.cumsum([sizes[names.index(name)] for name in coming]) <= limit
+        fit = np.cumsum([sizes[names.index(name)] for name in coming]) <= limit - strange
         soonest = {name for name, fits in zip(coming, fit, strict=True) if fits}
         with watched(tmp_path / "stage") as looks:
             expected = mine.stage.copied + len(soonest - there(tmp_path / "stage"))
@@ -336,6 +345,32 @@ def test_a_url_exceeds_the_limit_by_one_tar_or_is_refused_where_one_step_needs_m
     with pytest.raises(ShardError, match=r"first-\d+\.tar has no room in .*raise data\.stage_gb, or lower") as refused:
         mine.read(mine.rows(*stream(mine).locate(0, np.arange(BATCH))))
     assert "file://" in str(refused.value) and refused.value.exit_code == 3
+
+
+def test_copies_that_come_and_go_while_tiles_are_read_do_no_harm(folders: list[Path], tmp_path: Path) -> None:
+    mine, plain, done = reader(folders, tmp_path / "stage"), reader(folders), threading.Event()
+    mine.follow(stream(mine), 0, 100, copying=True)
+    until(lambda: there(tmp_path / "stage") == set(of_tars(mine)))
+    mine.stop_staging()
+    homes = [copy.path.parent for copy in (mine._copies[0], mine._copies[-1])]
+    looks = reader(folders, tmp_path / "stage")
+
+    def come_and_go() -> None:
+        while not done.is_set():
+            for home in homes:
+                home.rename(home.with_name("away"))
+                home.with_name("away").rename(home)
+
+    thread = threading.Thread(target=come_and_go)
+    thread.start()
+    try:
+        for _ in range(30):
+            assert read_alike(looks, plain)
+            looks.close()
+    finally:
+        done.set()
+        thread.join()
+    assert there(tmp_path / "stage") == set(of_tars(mine)), "a sound copy was taken for a bad one"
 
 
 def test_copies_that_were_removed_are_closed_soon_so_that_their_room_is_free(folders: list[Path],
@@ -666,25 +701,19 @@ def test_closing_ends_the_copying_and_whoever_waits_for_a_copy(folders: list[Pat
     mine.close()
     assert not thread.is_alive()
 
-    mine = reader(urls(folders), tmp_path / "of urls")
-    ended: list[BaseException] = []
-
-    def wait() -> None:
-        try:
-            mine.read(mine.all_rows())
-        except BaseException as error:
-            ended.append(error)
-
-    draft = stage._draft(mine._copies[0].path)
-    descriptor = stage._claim(draft)            # as if another process were at it, for ever
-    waiting = threading.Thread(target=wait, daemon=True)
-    waiting.start()
-    time.sleep(0.1)
-    assert waiting.is_alive()
-    mine.stop_staging()
-    waiting.join(60)
+    waits = loader(reader(urls(folders), tmp_path / "of urls"))
+    copy = waits.reader._copies[waits.stream.tars(0, 1)[0]]
+    descriptor = stage._claim(stage._draft(copy.path))      # as if another process were at it, for ever
+    batch = waits._makers.submit(waits.make, 0)
+    others = [waits.reader._copies[tar].path for tar in waits.stream.tars(0, 1)[1:]]
+    waits.reader.follow(waits.stream, 0, 9, copying=True)
+    until(lambda: all(path.exists() for path in others))
+    assert not batch.done()
+    closing = threading.Thread(target=waits.close, daemon=True)
+    closing.start()
+    closing.join(60)
     os.close(descriptor)
-    assert not waiting.is_alive() and isinstance(ended[0], stage.Closed)
+    assert not closing.is_alive() and isinstance(batch.exception(), stage.Closed)
 
 
 def test_a_fault_of_our_own_in_the_thread_ends_the_thread_alone(folders: list[Path], tmp_path: Path,

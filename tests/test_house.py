@@ -41,6 +41,7 @@ MAY_IMPORT = {
     "ssl_dist.doctor": [],
     "ssl_dist.demo": ["shards.synthetic", "shards.folder"],
     "ssl_dist.sheet": ["ssl_dist.data"],
+    "ssl_dist.bench": ["ssl_dist.config", "ssl_dist.data", "ssl_dist.run", "ssl_dist.schema"],
     "ssl_dist.train": ["ssl_dist", "shards"],
     "ssl_dist.cli": ["ssl_dist", "shards", "launch"],
     "ssl_dist.__main__": ["ssl_dist.cli"],

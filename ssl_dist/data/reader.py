@@ -225,7 +225,9 @@ class Reader:
     def _some(self, where: np.ndarray) -> list[np.ndarray | None]:
         """The images at tars, offsets and sizes, with checksums: several at once, for a disk, and still more a network,
         answers many questions as soon as one."""
-        open_ = [(self._descriptor(tar), offset, size, crc32) for tar, offset, size, crc32 in where.T.tolist()]
+        # Asked for once a tar: where a copy has come meanwhile, the source's descriptor is closed.
+        descriptors = {tar: self._descriptor(tar) for tar in dict.fromkeys(where[0].tolist())}
+        open_ = [(descriptors[tar], offset, size, crc32) for tar, offset, size, crc32 in where.T.tolist()]
         parts = [open_[first:first + PIECE] for first in range(0, len(open_), PIECE)]
         read = self._readers.map(_read, parts) if self._readers and len(parts) > 1 else map(_read, parts)
         images: list[np.ndarray | None] = []

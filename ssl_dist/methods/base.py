@@ -1,10 +1,18 @@
-"""What every method is."""
+"""What every method is, and what several of them share: teachers, pairs of views, and eyes for collapse.
 
+B tiles of one rank   N of all ranks   D width
+"""
+
+import copy
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ssl_dist.data.batch import Batch, View
+from ssl_dist import dist
+from ssl_dist.data.batch import Batch, View, each
 
 
 class Method(nn.Module, ABC):
@@ -19,4 +27,101 @@ class Method(nn.Module, ABC):
         """"loss", which is minimised, and other scalars worth a curve; progress runs from 0 to 1."""
 
     def after_step(self, progress: float) -> None:
-        """What moves without a gradient: a teacher, a queue."""
+        """What moves without a gradient, once an optimizer step: a teacher, a queue, a centre."""
+
+
+def pair(views: Sequence[View], who: str) -> list[str]:
+    """What is wrong with views that must be two of one size."""
+    sizes = [view.size for view in each(views)]
+    return [] if len(sizes) == 2 and sizes[0] == sizes[1] else \
+        [f"views are of {sizes} pixels; {who} takes two of one size"]
+
+
+def large(views: Sequence[View]) -> int:
+    """How many views there are of the largest size; they come first."""
+    sizes = [view.size for view in views]
+    return sizes.count(max(sizes))
+
+
+def large_first(views: Sequence[View], who: str) -> list[str]:
+    """What is wrong with views of which two or more large ones must come first."""
+    sizes = [view.size for view in each(views)]
+    return [] if large(each(views)) > 1 and sizes == sorted(sizes, reverse=True) else \
+        [f"views are of {sizes} pixels; {who} takes two or more large ones, and then smaller ones"]
+
+
+def teacher(student: nn.Module) -> nn.Module:
+    """A copy that does not learn by gradients, and drops nothing."""
+    copied = copy.deepcopy(student).requires_grad_(False)
+    for module in copied.modules():
+        if hasattr(module, "drop_prob"):        # timm's stochastic depth
+            setattr(module, "drop_prob", 0.0)      # noqa: B010
+        elif isinstance(module, nn.Dropout):
+            module.p = 0.0
+    return copied
+
+
+@torch.no_grad()
+def follow(behind: nn.Module, ahead: nn.Module, momentum: float) -> None:
+    """Moves every weight of a teacher a little towards its student's; running statistics are its own."""
+    own: list[Tensor] = [parameter.detach() for parameter in behind.parameters()]
+    goal: list[Tensor] = [parameter.detach() for parameter in ahead.parameters()]
+    torch._foreach_mul_(own, momentum)
+    torch._foreach_add_(own, goal, alpha=1 - momentum)
+
+
+def by_size(network: nn.Module, views: Sequence[Tensor]) -> Tensor:
+    """The network on every view, in order; views of one size that follow each other go through together."""
+    first, done = 0, []
+    for last in range(1, len(views) + 1):
+        if last == len(views) or views[last].shape != views[first].shape:
+            done.append(network(torch.cat(list(views[first:last]))))
+            first = last
+    return torch.cat(done)
+
+
+@torch.no_grad()
+def spread(features_BD: Tensor) -> dict[str, Tensor]:
+    """How far features are from all being one: 1 is as far as can be for the deviation, min(B, D) for the rank.
+
+    The rank is the participation ratio of the spectrum, (sum of eigenvalues)² / sum of their squares: it takes one
+    small matrix product, and falls when features follow each other.
+    """
+    unit = F.normalize(features_BD.float(), dim=1)
+    centred = unit - unit.mean(dim=0)
+    gram = centred @ centred.T if len(centred) < centred.shape[1] else centred.T @ centred
+    total = centred.square().sum()
+    return {"deviation": (total / len(centred)).sqrt(), "rank": total.square() / gram.square().sum().clamp_min(1e-12)}
+
+
+class Queue(nn.Module):
+    """The newest vectors of all ranks, the same on every rank, so that it may be resumed on any number of them.
+
+    What was never written is not given out: a queue of random vectors teaches nothing.
+    """
+
+    rows_KD: Tensor
+    _written: Tensor
+
+    def __init__(self, length: int, width: int):
+        super().__init__()
+        self.register_buffer("rows_KD", torch.zeros(length, width))
+        self.register_buffer("_written", torch.zeros((), dtype=torch.long))     # in all its life
+        self._pending: list[Tensor] = []
+
+    def filled(self) -> Tensor:
+        """The vectors that are there, in no order that means anything."""
+        return self.rows_KD[:min(int(self._written), len(self.rows_KD))]
+
+    def take(self, own_BD: Tensor) -> None:
+        """Keeps this rank's new vectors, and all ranks', until `push`."""
+        self._pending.append(dist.gather_with_gradient(own_BD.detach().to(self.rows_KD.dtype)))
+
+    @torch.no_grad()
+    def push(self) -> None:
+        """Writes what was taken over the oldest vectors; once an optimizer step."""
+        while self._pending:
+            new_ND = self._pending.pop(0)[-len(self.rows_KD):]
+            places = (int(self._written) + torch.arange(len(new_ND), device=new_ND.device)) % len(self.rows_KD)
+            self.rows_KD[places] = new_ND
+            self._written += len(new_ND)

@@ -28,9 +28,7 @@ class Config:
 
     def rules(self) -> list[str]:
         """What cannot be said of one value alone."""
-        sizes = [view.size for view in each(self.views)]
-        pair = len(sizes) == 2 and sizes[0] == sizes[1]
-        return [] if pair else [f"views are of {sizes} pixels; SimCLR takes two of one size"]
+        return base.pair(self.views, "SimCLR")
 
 
 class Method(base.Method):
@@ -48,4 +46,4 @@ class Method(base.Method):
         a_BD, b_BD = self.projector(self.encoder(torch.cat(batch.views))).chunk(2)
         with torch.no_grad():
             closeness = F.cosine_similarity(a_BD.float(), b_BD.float()).mean()
-        return {"loss": nt_xent(a_BD, b_BD, self.temperature), "positive_similarity": closeness}
+        return {"loss": nt_xent(a_BD, b_BD, self.temperature), "positive_similarity": closeness, **base.spread(a_BD)}

@@ -109,6 +109,12 @@ def synchronise(module: nn.Module) -> nn.Module:
     return module
 
 
+def has_local(module: nn.Module) -> bool:
+    """Whether any BatchNorm in it sees one rank's samples alone."""
+    return any(isinstance(each, nn.modules.batchnorm._BatchNorm) and not isinstance(each, SyncBatchNorm)
+               for each in module.modules())
+
+
 def _synchronised(old: nn.modules.batchnorm._BatchNorm) -> SyncBatchNorm:
     activated = hasattr(old, "act") and hasattr(old, "drop")
     kind = SyncBatchNormAct if activated else SyncBatchNorm
