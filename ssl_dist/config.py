@@ -24,7 +24,8 @@ class Data:
     split: str = field(default="", metadata={"help": "only tiles of this split; empty: all"})
     only: dict[str, Any] = field(default_factory=dict, metadata={
         "help": f"lists of words by column ({', '.join(COLUMNS)}): only tiles that have one of each"})
-    block: Path | None = field(default=None, metadata={"exists": True, "help": "a file of keys that are left out"})
+    block: Path | None = field(default=None, metadata={
+        "exists": True, "help": "a file of keys, or of dataset/key, that are left out"})
     bad: str = field(default="quarantine", metadata={
         "choices": ("quarantine", "fail"), "help": "tiles that cannot be used: list them and take others, or stop"})
     max_bad: int = field(default=100, metadata={"range": (0, 10**9), "help": "so many are listed before the run stops"})

@@ -189,7 +189,7 @@ def plainly(pixel: np.ndarray, bright: float, contrast: float, saturation: float
     luma = 0.299 * red + 0.587 * green + 0.114 * blue
     red, green, blue = (luma + (value - luma) * (1 + saturation) for value in (red, green, blue))
     chroma = complex(0.596 * red - 0.274 * green - 0.322 * blue, 0.211 * red - 0.523 * green + 0.312 * blue)
-    chroma *= cmath.exp(2j * math.pi * turn)
+    chroma *= cmath.exp(-2j * math.pi * turn)
     i, q = chroma.real, chroma.imag
     result = [luma + 0.956 * i + 0.621 * q, luma - 0.272 * i - 0.647 * q, luma - 1.106 * i + 1.703 * q]
     return [0.299 * result[0] + 0.587 * result[1] + 0.114 * result[2]] * 3 if grey else result

@@ -550,9 +550,6 @@ def test_hue_moves_as_far_as_torchvisions(turn: float) -> None:
     assert mine.mean() == pytest.approx(abs(turn), rel=0.08)
 
 
-# FOUND: ssl_dist/data/augment.py colour(): the signs of rotation[:, 2, 1] and [:, 1, 2]. A hue of +0.1 takes red
-# towards magenta and blue; torchvision's (and HSV's) +0.1 takes it towards yellow and green. No draw is spread
-# otherwise for it, for the interval is symmetric.
 @pytest.mark.parametrize("turn", [-0.05, 0.2])
 def test_hue_moves_the_way_that_torchvisions_does(turn: float) -> None:
     mine, other = turned(turn)

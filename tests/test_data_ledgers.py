@@ -312,18 +312,12 @@ def test_the_same_bad_tiles_are_listed_by_every_chain(runs: Path, case: str, cha
     assert found == expected or any(killed for *_, killed in CASES[case][1][chain])
 
 
-# FOUND: ssl_dist/data/quarantine.py, Quarantine.add(): a rank knows what was listed before it began and what it listed
-# itself, not what the other ranks listed since. A bad tile that comes again (in the next epoch, or in a mixture) on
-# another rank is listed again, where the module says: each once, a line a tile. The budget counts it once all the same.
 @pytest.mark.parametrize(("case", "chain"), [("hurt", "1 whole"), ("hurt", "2 whole"), ("hurt and even", "5 whole")])
 def test_a_bad_tile_is_listed_once(runs: Path, case: str, chain: str) -> None:
     found = listed(runs / case / chain)
     assert len(found) == len(set(found)), f"{len(found)} lines of {len(set(found))} tiles"
 
 
-# FOUND: ssl_dist/data/quarantine.py, Quarantine.add() and _keys(): a tile is known by its key alone, and a key is one
-# tile's within its dataset only (shards/tiles.py, Cut.key: the slide's name and x, y). Of two datasets with slides of
-# one name, the second bad tile is neither listed nor counted: replaced in silence, against promise 7.
 def test_two_bad_tiles_of_one_key_are_two(slides: Path, tmp_path: Path) -> None:
     for name in ("one", "other"):
         write.write(write.Settings(source=slides, out=tmp_path / name, dataset=name, size=96, mpp=1.0, workers=2,

@@ -283,11 +283,11 @@ def test_where_no_tile_of_a_tar_is_sound_the_batches_end(shard: Path, tmp_path: 
 def test_a_list_with_a_line_cut_short_is_gone_on_with(tmp_path: Path) -> None:
     (tmp_path / "list.jsonl").write_text('{"key": "a", "tar": "t", "offset": 1, "reason": "r"}\n{"key": "b", "ta')
     listed = Quarantine(tmp_path / "list.jsonl", 5)
-    assert listed.listed == {"a"}
+    assert listed.listed == {("a", "t")}
     listed.add("a", "t", 1, "r")
     assert (tmp_path / "list.jsonl").read_text().count("\n") == 1
     listed.add("c", "t", 2, "r")
-    assert Quarantine(tmp_path / "list.jsonl", 5).listed == {"a", "c"}
+    assert Quarantine(tmp_path / "list.jsonl", 5).listed == {("a", "t"), ("c", "t")}
 
 
 def test_closing_with_batches_in_flight_ends(shard: Path) -> None:

@@ -47,7 +47,7 @@ PAPERS = {
                paper(1, 224, (0.08, 1.0), BARLOW, blur=0.1, solarise=0.2)],
     "dino": [paper(1, 224, (0.4, 1.0), BARLOW, blur=1.0), paper(1, 224, (0.4, 1.0), BARLOW, blur=0.1, solarise=0.2),
              paper(8, 96, (0.05, 0.4), BARLOW)],
-    "moco_v2_kang": [paper(2, 224, (0.2, 1.0), **KANG)],
+    "moco_v2_kang": [paper(2, 224, (0.08, 1.0), **KANG)],       # VISSL's crops, on which Kang et al. built
     "swav_kang": [paper(2, 224, (0.14, 1.0), **KANG), paper(6, 96, (0.05, 0.14), **KANG)],
     "barlow_kang": [paper(1, 224, (0.08, 1.0), blur=1.0, **KANG),
                     paper(1, 224, (0.08, 1.0), blur=0.1, solarise=0.2, **KANG)],
@@ -111,10 +111,6 @@ def test_nothing_doubtful_is_claimed_as_read_in_the_code(name: str) -> None:
         assert PRESETS[name].marks == {}, "all of it was read"
 
 
-# FOUND: ssl_dist/data/presets.py, PRESETS["dehaene"]: `horizontal` has no mark and so counts as read in the code (C):
-# `ssl-dist views` prints horizontal=0.5[C]. No code of theirs was read; all else that is MoCo v2's has "?" there.
-# FOUND: ssl_dist/data/presets.py, WEAK_MARKS: of Kang et al. RandStainNA is in the list of stain steps that is only
-# remembered (R), and their training configs were never released; mark("randstain") of 0.0 says C, read in their code.
 @pytest.mark.parametrize(("name", "word"), [("dehaene", "horizontal"),
                                             *((name, "randstain") for name in PAPERS if name.endswith("_kang"))])
 def test_what_was_not_read_is_not_claimed_by_silence(name: str, word: str) -> None:
@@ -212,8 +208,6 @@ def test_mistakes_in_a_views_own_keys_and_values_are_each_reported() -> None:
     assert "sigma=[2.0, 0.1] runs from high to low" in said and "[0]" in said
 
 
-# FOUND: ssl_dist/data/presets.py, expand(): `name not in PRESETS` with a list or a group is a TypeError (unhashable), a
-# traceback in place of a line and exit code 2: `ssl-dist train demo method.views.preset=[dino]`.
 @pytest.mark.parametrize("given", [["dino"], 5, None, {"dino": 1}], ids=str)
 def test_a_preset_that_is_no_word_is_refused_like_any_mistake(given: object) -> None:
     (said,) = refused({"preset": given})

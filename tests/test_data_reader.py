@@ -278,6 +278,11 @@ def test_blocked_keys_are_left_out_and_unknown_ones_do_no_harm(chosen_from: tupl
     (tmp_path / "block.txt").write_text("\n".join([*gone, "nobody", ""]))
     reader = Reader(paths, block=tmp_path / "block.txt")
     assert reader.column("key", reader.all_rows()) == [row["key"] for row in rows if row["key"] not in gone]
+    # Datasets may share a key: with a dataset's name before it, it is one tile's.
+    (tmp_path / "block.txt").write_text("\n".join(f"set1/{row['key']}" for row in rows))
+    one = Reader(paths, block=tmp_path / "block.txt")
+    assert set(one.column("dataset", one.all_rows())) == {"set0"}
+    assert len(one.all_rows()) == sum(row["dataset"] == "set0" for row in rows)
 
 
 def test_a_choice_that_leaves_nothing_says_what_there_is(chosen_from: tuple) -> None:

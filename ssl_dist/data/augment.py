@@ -112,8 +112,8 @@ def colour(change_N4: np.ndarray, grey_N: np.ndarray) -> np.ndarray:
     rotation = np.zeros((count, 3, 3))
     rotation[:, 0, 0] = 1
     rotation[:, 1, 1] = rotation[:, 2, 2] = np.cos(turn)
-    rotation[:, 2, 1] = np.sin(turn)
-    rotation[:, 1, 2] = -rotation[:, 2, 1]
+    rotation[:, 1, 2] = np.sin(turn)        # I and Q turn against HSV's circle, so that + is + as in torchvision
+    rotation[:, 2, 1] = -rotation[:, 1, 2]
     luma = np.tile(LUMA, (3, 1))
     mixing = np.linalg.inv(TO_YIQ) @ rotation @ TO_YIQ @ (saturation * np.eye(3) + (1 - saturation) * luma)
     mixing = np.where(grey_N[:, None, None], luma @ mixing, mixing)

@@ -25,7 +25,8 @@ HALF = replace(FULL, brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1)
 # al.'s (R).
 WEAK: dict[str, Any] = {"vertical": 0.5, "brightness": 0.2, "contrast": 0.2, "saturation": 0.2, "hue": 0.1,
                         "stain": 0.05}
-WEAK_MARKS = {"R": "vertical stain", "S": "brightness contrast saturation hue"}
+WEAK_MARKS = {"R": "vertical stain stained basis randstain randstain_spread randstain_mixture",
+              "S": "brightness contrast saturation hue"}
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,8 @@ PRESETS = {
     "swav": SWAV,
     "barlow": BARLOW,
     "dino": DINO,
-    "moco_v2_kang": _kang(MOCO_V2, "MoCo v2"),
+    # VISSL, on which their work was built, crops as torchvision does by default.
+    "moco_v2_kang": _kang(replace(MOCO_V2, views=(replace(MOCO_V2.views[0], scale=(0.08, 1.0)),)), "MoCo v2"),
     "swav_kang": _kang(SWAV, "SwAV"),
     "barlow_kang": _kang(BARLOW, "Barlow Twins"),
     "dino_kang": _kang(DINO, "DINO"),
@@ -84,7 +86,7 @@ PRESETS = {
     "dehaene": Preset("Dehaene et al. 2020: MoCo v2 with quarter turns and vertical flips",
                       tuple(replace(view, turn=1.0, vertical=0.5) for view in MOCO_V2.views),
                       {"R": "size turn vertical", "?": "scale ratio jitter brightness contrast saturation hue grey "
-                                                       "blur sigma solarise"}),
+                                                       "blur sigma solarise horizontal"}),
 }
 
 
@@ -98,7 +100,7 @@ def expand(given: Any) -> Any:
     if not isinstance(given, dict):
         return given
     name = given.get("preset", "histology")
-    if name not in PRESETS:
+    if not isinstance(name, str) or name not in PRESETS:
         close = difflib.get_close_matches(str(name), PRESETS, n=1)
         raise ValueError(f"preset={name!r} is not one of {', '.join(PRESETS)}"
                          + (f"; did you mean {close[0]!r}?" if close else ""))

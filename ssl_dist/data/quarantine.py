@@ -3,10 +3,10 @@
 Which one follows from the place alone (`instead`): every rank, and every attempt at the run, puts the same tile there.
 """
 
+import fcntl
 import json
 import os
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -20,35 +20,44 @@ class Quarantine:
 
     def __init__(self, path: Path, budget: int):
         self.path, self.budget = path, budget
-        self.listed: set[str] = set(self._keys())
+        self.listed = self._tiles()
 
     def add(self, key: str, tar: str, offset: int, reason: str) -> None:
         """Lists a tile, unless it is; over the budget, the run ends: so much damage is no accident of a few tiles."""
-        if key in self.listed:
+        if (tile := name(key, tar)) in self.listed:
             return
-        self.listed.add(key)
         line = json.dumps({"key": key, "tar": tar, "offset": offset, "reason": reason}) + "\n"
         descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         try:
-            size = os.fstat(descriptor).st_size
-            torn = size and os.pread(descriptor, 1, size - 1) != b"\n"      # by a kill: it must not tear ours as well
-            os.write(descriptor, ("\n" * bool(torn) + line).encode())       # one write: lines of ranks do not mix
+            fcntl.flock(descriptor, fcntl.LOCK_EX)          # ranks, which may meet the same tile
+            self.listed |= self._tiles()
+            if tile not in self.listed:
+                size = os.fstat(descriptor).st_size
+                torn = size and os.pread(descriptor, 1, size - 1) != b"\n"      # by a kill: not ours as well
+                os.write(descriptor, ("\n" * bool(torn) + line).encode())
+                self.listed.add(tile)
         finally:
             os.close(descriptor)
-        if (count := len(set(self._keys()))) > self.budget:
+        if (count := len(self.listed)) > self.budget:
             raise ShardError(f"{count} tiles cannot be used, data.max_bad={self.budget}; {self.path} lists them, the "
                              f"last is {key} ({reason}). Run: ssl-dist check {Path(tar).parent} --decode")
 
-    def _keys(self) -> list[str]:
-        """The keys that any rank listed; a line cut short by a kill is no line."""
-        keys: list[Any] = []
+    def _tiles(self) -> set[tuple[str, str]]:
+        """The tiles that any rank listed; a line cut short by a kill is no line."""
+        tiles = set()
         if self.path.is_file():
             for line in self.path.read_text().splitlines():
                 try:
-                    keys.append(json.loads(line)["key"])
+                    content = json.loads(line)
+                    tiles.add(name(content["key"], content["tar"]))
                 except (ValueError, KeyError, TypeError):
                     continue
-        return keys
+        return tiles
+
+
+def name(key: str, tar: str) -> tuple[str, str]:
+    """One tile, wherever the shard folders lie: keys are unique within a dataset, and datasets may share some."""
+    return key, "/".join(Path(tar).parts[-2:])
 
 
 def instead(seed: int, epoch: int, position: int, turn: int, samples: int) -> int:

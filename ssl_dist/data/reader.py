@@ -26,7 +26,8 @@ PIECE = 8           # tiles that one thread reads: a task a tile would cost as m
 class Reader:
     """The samples of one split (all, where it is empty), tar by tar. A row is a sample's number in the catalogue.
 
-    `only` keeps to words of some columns ({"organ": ["breast"], "mpp": [0.5]}); `block` is a file of keys to leave out.
+    `only` keeps to words of some columns ({"organ": ["breast"], "mpp": [0.5]}); `block` is a file of keys, or of
+    dataset/key, to leave out.
     With a `stage`, tars are read from copies on a local disk where there are any, and folders may be URLs.
     """
 
@@ -34,7 +35,7 @@ class Reader:
                  block: Path | None = None, stage: Stage | None = None, readers: int = 1):
         self.folders, self.split, self.stage = [stages.place(folder) for folder in folders], split, stage
         self.only = {**({"split": [split]} if split else {}), **(only or {})}
-        blocked = pa.array(block.read_text(encoding="utf-8").split(), pa.string()) if block else None
+        blocked = block.read_text(encoding="utf-8").split() if block else None
         self._homes = [self._home(folder) for folder in self.folders]       # of index and table
         self.indexes = [index.read(home) for home in self._homes]
         fingerprints = [found.fingerprint for found in self.indexes]
@@ -50,7 +51,8 @@ class Reader:
         for number, (folder, found, table) in enumerate(zip(self.folders, self.indexes, self.tables, strict=True)):
             self._hold(folder, found, table)
             edges = np.cumsum([0, *(tar.samples for tar in found.tars)])
-            chosen = _rows_of(table, found, self.only, blocked)
+            own = None if blocked is None else _own(blocked, found.datasets[0]["name"])
+            chosen = _rows_of(table, found, self.only, own)
             places = edges if chosen is None else np.searchsorted(chosen, edges)
             self.tars += [folder / tar.name for tar in found.tars]
             self._copies += [stage.copy(folder, found.fingerprint, tar) for tar in found.tars] if stage else []
@@ -325,6 +327,12 @@ def _rows_of(table: pa.Table, found: index.Index, only: dict[str, list], blocked
     if blocked is not None:
         fits &= ~compute.is_in(table["key"], blocked).to_numpy()
     return np.flatnonzero(fits).astype(np.int32)        # half the memory; a folder has no two billion
+
+
+def _own(blocked: list[str], dataset: str) -> pa.Array:
+    """The keys that are left out of one dataset: datasets may share some."""
+    return pa.array([key for name, _, key in (word.rpartition("/") for word in blocked) if name in ("", dataset)],
+                    pa.string())
 
 
 def _fits(table: pa.Table, found: index.Index, name: str, words: list) -> np.ndarray:
