@@ -380,7 +380,8 @@ def main() -> None:
         folder = Path(temporary)
         tiles = measure.shards("monuseg", folder / "tiles")
         ordering = {"order, natural": partial(order, False), "order, 57 datasets evenly": partial(order, True)}
-        doing = {"order of these tiles": "order", "numbers of two views": "numbers", "reading": "reading", "all three": "all"}
+        doing = {"order of these tiles": "order", "numbers of two views": "numbers", "reading": "reading",
+                 "all three": "all"}
         before_decoding = {name: partial(up_to_decoding, tiles, what) for name, what in doing.items()}
         before_decoding["pread and crc32, plain loop"] = partial(plain_loop, tiles)
         _, encoded = measure.everything(tiles)

@@ -22,7 +22,7 @@ def kept(opened: dict[int, spool.Unit], settings: Settings) -> tuple[dict[int, n
     total = sum(len(unit.rows) for unit in opened.values())
     parts = -(-total // (4 * spool.ROWS_AT_ONCE)) or 1
     # By their place and not by their name, which several may share.
-    others = [(path.name, _digests(index.samples(path)["digest"].combine_chunks())) for path in settings.against]
+    others = [(path.name, _digests(index.column(index.samples(path), "digest"))) for path in settings.against]
     dropped: list[Dropped] = []
     for part in range(parts):
         rows, places = spool.placed({number: np.flatnonzero(_part(unit.rows["digest"], parts) == part)

@@ -148,7 +148,7 @@ def read(shard: Path, found: index.Index, table: pa.Table) -> Survey:
 
 def tiles_of_slides(table: pa.Table) -> Iterator[tuple[str, int]]:
     """How many tiles of each slide are in the tars."""
-    column = table["slide"].combine_chunks()
+    column = index.column(table, "slide")
     names = column.dictionary.to_pylist()
     return zip(names, np.bincount(column.indices.to_numpy(), minlength=len(names)).tolist(), strict=True)
 
@@ -229,8 +229,8 @@ def outlying(means: np.ndarray, bins: np.ndarray) -> np.ndarray:
 # The sections.
 
 def head(found: index.Index, table: pa.Table, survey: Survey) -> Html:
-    patients = len(set(table["patient"].combine_chunks().dictionary.to_pylist()) - {""})
-    named = len(table["slide"].combine_chunks().dictionary)
+    patients = len(set(index.column(table, "patient").dictionary.to_pylist()) - {""})
+    named = len(index.column(table, "slide").dictionary)
     sites = len(survey.sites.keys() - {""})
     rejected, background = survey.reasons.total(), survey.reasons[show.NOT_DRAWN]
     tissue = found.samples + rejected - background
@@ -274,7 +274,7 @@ def datasets(found: index.Index, table: pa.Table) -> Html:
 
 def tally(card: dict[str, Any], position: int, found: index.Index, table: pa.Table) -> Html:
     """Tiles of one dataset by class and split."""
-    dataset, split = table["dataset"].combine_chunks(), table["split"].combine_chunks()
+    dataset, split = index.column(table, "dataset"), index.column(table, "split")
     names = dataset.dictionary.to_pylist()
     mine = (dataset.indices.to_numpy() == names.index(card["name"]) if card["name"] in names
             else np.zeros(len(table), bool))

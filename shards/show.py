@@ -152,7 +152,7 @@ def groupings(shard: Path, found: index.Index, table: pa.Table) -> list[tuple[st
     classes = found.datasets[0]["classes"]
     # The unlabelled (-1) come last.
     label = table["label"].to_numpy() % (len(classes) + 1)
-    slide = table["slide"].combine_chunks()
+    slide = index.column(table, "slide")
     codes, names = slide.indices.to_numpy(), slide.dictionary.to_pylist()
     found_groups = [("classes", label, [*classes, "unlabelled"]), ("slides", codes, names)]
     site_of = {line["slide"]: line["site"] for line in slide_lines(shard) if line["site"]}

@@ -330,3 +330,14 @@ def test_a_disk_that_fails_is_the_disks_trouble_and_not_the_tiles(shard: Path, t
         with pytest.raises(OSError, match="Is a directory"):
             mine.fetch(rows)
         mine.close()
+
+
+def test_columns_are_read_where_they_lie_in_the_map(shard: Path) -> None:
+    """What is copied is copied on every rank: of 32 million rows, 650 MB each."""
+    reader = Reader([shard])
+    for name, mine in zip(("tar", "offset", "size", "crc32"), reader._places[0], strict=True):
+        (chunk,) = reader.tables[0][name].chunks
+        assert mine.__array_interface__["data"][0] == chunk.buffers()[1].address
+    codes = index.column(reader.tables[0], "slide").indices
+    assert codes.buffers()[1].address == reader.tables[0]["slide"].chunks[0].indices.buffers()[1].address
+    reader.close()

@@ -63,7 +63,7 @@ class Reader:
         self.counts = np.concatenate(counts)                # samples a tar
         self._span_folder, self._span_first = np.array(spans, np.int64).reshape(-1, 2).T
         # Straight from the map: nothing is copied but what is asked for.
-        self._places = [[table[name].combine_chunks().to_numpy() for name in ("tar", "offset", "size", "crc32")]
+        self._places = [[index.column(table, name).to_numpy() for name in ("tar", "offset", "size", "crc32")]
                         for table in self.tables]
         names = [found.datasets[0]["name"] for found in self.indexes]
         self.datasets = sorted(set(names))                  # a dataset may lie in several folders
@@ -174,7 +174,7 @@ class Reader:
 
     def codes(self, name: str, rows: np.ndarray) -> np.ndarray:
         """A column of words at the given rows, as numbers; folders do not share any."""
-        columns = [table[name].combine_chunks() for table in self.tables]
+        columns = [index.column(table, name) for table in self.tables]
         base = np.cumsum([0, *(len(column.dictionary) for column in columns)])
         folder = np.searchsorted(self._base, rows, side="right") - 1
         found = np.empty(len(rows), np.int64)
@@ -358,22 +358,22 @@ def _own(blocked: list[str], dataset: str) -> pa.Array:
 def _fits(table: pa.Table, found: index.Index, name: str, words: list) -> np.ndarray:
     """Whether each row has one of the words in its column; a resolution fits within a hundredth."""
     if name == "mpp":
-        values = table["mpp"].to_numpy()
+        values = index.column(table, "mpp").to_numpy()
         return np.any([np.abs(values - word) < 0.01 * word for word in words], axis=0)
     if name == "label":
         classes = found.datasets[0]["classes"]
-        return np.isin(table["label"].to_numpy(), [classes.index(word) for word in words if word in classes])
+        return np.isin(index.column(table, "label").to_numpy(), [classes.index(word) for word in words if word in classes])
     codes, known = _coded(table, name)
     return np.isin(codes, [number for number, word in enumerate(known) if word in words])
 
 
 def _words(table: pa.Table, found: index.Index, name: str) -> list:
     if name == "mpp":
-        return np.unique(table["mpp"].to_numpy()).tolist()
+        return np.unique(index.column(table, "mpp").to_numpy()).tolist()
     return found.datasets[0]["classes"] if name == "label" else _coded(table, name)[1]
 
 
 def _coded(table: pa.Table, name: str) -> tuple[np.ndarray, list[str]]:
     """A column of words as numbers, straight from the map, and what they stand for."""
-    column = table[name].combine_chunks()
+    column = index.column(table, name)
     return column.indices.to_numpy(), column.dictionary.to_pylist()

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
+from shards import index
 from shards.index import ShardError
 from ssl_dist.data import order, stain
 from ssl_dist.data.decode import Decoder, Pictures
@@ -256,7 +257,7 @@ def sample(reader: Reader, tiles: int, seed: int) -> tuple[list[tuple[str, str]]
 
 def _codes(reader: Reader) -> tuple[list[tuple[str, str]], list[np.ndarray]]:
     """Every slide that the folders name, sorted, and for each folder the numbers of its codes among them."""
-    words = [(found.datasets[0]["name"], table["slide"].combine_chunks().dictionary.to_pylist())
+    words = [(found.datasets[0]["name"], index.column(table, "slide").dictionary.to_pylist())
              for found, table in zip(reader.indexes, reader.tables, strict=True)]
     slides = sorted({(dataset, word) for dataset, some in words for word in some})
     number = {slide: place for place, slide in enumerate(slides)}
@@ -266,7 +267,7 @@ def _codes(reader: Reader) -> tuple[list[tuple[str, str]], list[np.ndarray]]:
 def _pieces(reader: Reader) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
     """The split, a piece at a time: the place of its first tile, the rows of all, and the numbers of their slides."""
     _, numbers_of = _codes(reader)
-    codes = [table["slide"].combine_chunks().indices.to_numpy() for table in reader.tables]
+    codes = [index.column(table, "slide").indices.to_numpy() for table in reader.tables]
     base = np.cumsum([0, *(table.num_rows for table in reader.tables)])
     edges = np.cumsum([0, *reader.counts])
     for first in range(0, int(edges[-1]), AT_ONCE):
