@@ -325,9 +325,9 @@ def views_alone(given: Setting) -> Made:
             yield [torch.from_numpy(view) for view in opencv.views(some.__getitem__, own, sizes, pool)], []
 
 
-def read_ours(given: Setting, readers: int) -> Made:
+def read_ours(given: Setting) -> Made:
     """Our reader, as the loader calls it."""
-    reader = Reader(given.shards, readers=readers)
+    reader = Reader(given.shards, readers=Data.readers)
     try:
         for rows in _portions(given.rows):
             yield reader.read(rows), rows.tolist()
@@ -396,8 +396,7 @@ WHOLE: dict[str, Callable[[Setting], Made]] = {
 PARTS: dict[str, Callable[[Setting], Made]] = {
     "decode alone, simplejpeg": decode_simple, "decode alone, ours": decode_ours, "decode alone, DALI": decode_dali,
     "views alone": views_alone,
-    f"read alone, ours, {Data.readers} threads": partial(read_ours, readers=Data.readers),
-    "read alone, ours, one thread": partial(read_ours, readers=1), "read alone, a plain loop": read_plain}
+    "read alone, ours": read_ours, "read alone, a plain loop": read_plain}
 NOTES = {
     "webdataset + torchvision": "jitter in random order, contrast about the picture's own mean: another distribution; "
                                 "resize with antialias; a blur window of 13 for all",

@@ -323,7 +323,7 @@ def _read(places: list[tuple[int, int, int, int]]) -> list[np.ndarray | OSError 
             found[place] = np.frombuffer(os.pread(descriptor, size, offset), np.uint8)
         except OSError as error:
             found[place] = error
-    return [content if isinstance(content, OSError) or zlib.crc32(content) == crc32 else None       # type: ignore[arg-type]
+    return [None if isinstance(content, np.ndarray) and zlib.crc32(content) != crc32 else content
             for content, (_, _, _, crc32) in zip(found, places, strict=True)]
 
 
