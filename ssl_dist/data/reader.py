@@ -323,7 +323,7 @@ def _read(places: list[tuple[int, int, int, int]]) -> list[np.ndarray | OSError 
             found[place] = np.frombuffer(os.pread(descriptor, size, offset), np.uint8)
         except OSError as error:
             found[place] = error
-    return [None if isinstance(content, np.ndarray) and zlib.crc32(content) != crc32 else content
+    return [None if isinstance(content, np.ndarray) and zlib.crc32(content.data) != crc32 else content
             for content, (_, _, _, crc32) in zip(found, places, strict=True)]
 
 
@@ -362,7 +362,8 @@ def _fits(table: pa.Table, found: index.Index, name: str, words: list) -> np.nda
         return np.any([np.abs(values - word) < 0.01 * word for word in words], axis=0)
     if name == "label":
         classes = found.datasets[0]["classes"]
-        return np.isin(index.column(table, "label").to_numpy(), [classes.index(word) for word in words if word in classes])
+        wanted = [classes.index(word) for word in words if word in classes]
+        return np.isin(index.column(table, "label").to_numpy(), wanted)
     codes, known = _coded(table, name)
     return np.isin(codes, [number for number, word in enumerate(known) if word in words])
 
