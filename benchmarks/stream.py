@@ -360,7 +360,8 @@ def plot(found: dict[str, Any]) -> Any:
         axis.set_ylim(bottom=0)
         axis.legend(frameon=False, fontsize=8)
     contenders = found["faults"]["contenders"]
-    axes[3].bar([row["name"] for row in contenders], [row["images_per_second"] for row in contenders], color="#7a4f8a")
+    axes[3].bar([row["name"].replace(" ", "\n") for row in contenders],
+                [row["images_per_second"] for row in contenders], color="#7a4f8a")
     axes[3].set_ylabel("tiles a second")
     axes[3].set_title(f"{found['faults']['bad']} of {found['faults']['tiles']:,} bad", fontsize=9)
     for axis in axes:
