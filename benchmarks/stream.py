@@ -340,7 +340,7 @@ def measure_faults(folder: Path, rounds: int) -> dict[str, Any]:
 
 def plot(found: dict[str, Any]) -> Any:
     """Rates of one core, the start, memory of a rank, and what faults cost."""
-    figure, axes = plt.subplots(1, 4, figsize=(15, 3.2), layout="constrained", width_ratios=(1.4, 1, 1, 0.8))
+    figure, axes = plt.subplots(1, 4, figsize=(15, 3.2), layout="constrained", width_ratios=(1.4, 1, 1, 1))
     rows = [*found["order"], *found["up_to_decoding"]][::-1]
     axes[0].barh([row["name"] for row in rows], [row["images_per_cpu_second"] for row in rows], color="#7a4f8a")
     axes[0].set_xscale("log")
@@ -362,6 +362,7 @@ def plot(found: dict[str, Any]) -> Any:
     contenders = found["faults"]["contenders"]
     axes[3].bar([row["name"].replace(" ", "\n") for row in contenders],
                 [row["images_per_second"] for row in contenders], color="#7a4f8a")
+    axes[3].tick_params(axis="x", labelsize=8)
     axes[3].set_ylabel("tiles a second")
     axes[3].set_title(f"{found['faults']['bad']} of {found['faults']['tiles']:,} bad", fontsize=9)
     for axis in axes:

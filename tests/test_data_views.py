@@ -120,15 +120,16 @@ def coloured(pixels: np.ndarray, colour_34: np.ndarray) -> np.ndarray:
 
 def apply(step: Callable[[np.ndarray], np.ndarray], picture: np.ndarray, doubt: np.ndarray) -> tuple:
     """A step on every pixel, and how far a kernel may be off after it, pixel by pixel: what it was off before, as large
-    as the step makes it, and one grey level, for a rounding may fall to the other side."""
-    whole = np.clip(step(picture.astype(float)), 0, 255)
-    after = np.ones(picture.shape)
+    as the step makes it, and one grey level and a half: a rounding may fall to the other side, and OpenCV's fixed point
+    rounds the factors as well."""
+    whole = step(picture.astype(float))         # unclipped: what is cut off alone may not be cut off together
+    after = np.full(picture.shape, 1.5)
     for band in range(3):
         moved = []
         for sign in (-1, 1):
             other = picture.astype(float)
             other[:, :, band] = np.clip(other[:, :, band] + sign * doubt[:, :, band], 0, 255)
-            moved.append(np.abs(np.clip(step(other), 0, 255) - whole))
+            moved.append(np.abs(step(other) - whole))
         after += np.maximum(*moved)
     return rounded(whole), after
 
