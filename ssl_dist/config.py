@@ -58,8 +58,8 @@ class Data:
                     isinstance(word, int | float if name == "mpp" else str) for word in words):
                 broken.append(f"only.{name}={words!r} is not a list of {'numbers' if name == 'mpp' else 'words'}")
         bad = {name: value for name, value in self.weights.items()
-               if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < float("inf")}
-        broken += [f"weights.{name}={value!r} is not a share, a number from 0" for name, value in bad.items()]
+               if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value <= 1e12}
+        broken += [f"weights.{name}={value!r} is not a share, a number from 0 to 1e12" for name, value in bad.items()]
         if self.stage is None:
             broken += [f"shards[{number}]={str(url)!r} is a URL, which is read through copies on a local disk: set "
                        "data.stage=FOLDER" for number, url in enumerate(self.shards) if isinstance(url, str)]

@@ -156,6 +156,8 @@ def from_checkpoint(settings: Train, path: Path) -> Path:
 
 def _reader(settings: Train) -> Reader:
     data = settings.data
+    if data.stage and data.stage.exists() and not data.stage.is_dir():
+        raise ConfigError([f"data.stage={data.stage} is a file; name a folder on a local disk"])
     stage = Stage(data.stage, int(data.stage_gb * 1e9)) if data.stage else None
     return Reader(data.shards, data.split, data.only, data.block, stage, data.readers)
 

@@ -16,7 +16,7 @@ from shards import index
 from shards.index import ShardError
 from ssl_dist.data import augment, dali, opencv, stain
 from ssl_dist.data.batch import Batch, View
-from ssl_dist.data.loader import Loader
+from ssl_dist.data.loader import Loader, Palettes
 from ssl_dist.data.quarantine import Quarantine
 from ssl_dist.data.reader import Reader
 from ssl_dist.data.stream import Stream
@@ -122,6 +122,16 @@ def test_a_slides_own_stains_move_its_tiles_and_no_others(shard: Path, tmp_path:
     other = hurt.make(1)
     assert not set(other.rows.tolist()) & set(batch.rows[:6].tolist())
     assert np.array_equal(other.views[0].numpy(), expected(hurt, other))
+
+
+def test_a_fit_of_other_shards_is_refused(shard: Path) -> None:
+    fit = replace(stained(shard), slides={("other", "slide"): (np.eye(2, 3), np.ones(2))})
+    reader = Reader([shard])
+    with pytest.raises(ShardError, match="fitted to other shards"):
+        Loader(reader, Stream(reader.counts, seed=5, window=2, batch=BATCH), (View(basis="slide", stain=0.1),), rank=0,
+               world=1, device=torch.device("cpu"), threads=1, ahead=1, fit=fit)
+    Palettes(reader, replace(fit, shards=[reader.indexes[0].fingerprint]))      # ours, though no slide could be fitted
+    reader.close()
 
 
 def test_resuming_gives_the_later_part_of_the_same_batches(shard: Path) -> None:

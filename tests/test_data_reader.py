@@ -341,3 +341,10 @@ def test_columns_are_read_where_they_lie_in_the_map(shard: Path) -> None:
     codes = index.column(reader.tables[0], "slide").indices
     assert codes.buffers()[1].address == reader.tables[0]["slide"].chunks[0].indices.buffers()[1].address
     reader.close()
+
+
+def test_a_block_file_that_is_none_is_named(shard: Path, tmp_path: Path) -> None:
+    (tmp_path / "binary").write_bytes(bytes(range(128, 256)))
+    for path in (tmp_path / "binary", tmp_path):
+        with pytest.raises(ShardError, match=f"data.block={path} is no list of keys"):
+            Reader([shard], block=path)

@@ -839,3 +839,12 @@ def test_a_rehearsal_refuses_a_stage_that_is_smaller_than_a_tar(folders: list[Pa
     loaded = settings_of(f"run={tmp_path / 'run'}", f"data.shards=[{folders[0]}]")
     with pytest.raises(schema.ConfigError, match=r"data\.stage_gb=.* is less than one tar takes"):
         train._room(loaded, mine)
+
+
+def test_a_stage_that_holds_the_shards_themselves_is_refused_before_it_removes_any(shard: Path, tmp_path: Path) -> None:
+    own = tmp_path / "own" / index.read(shard).fingerprint[:16]
+    shutil.copytree(shard, own)
+    for folder in (tmp_path / "own", own):
+        with pytest.raises(ShardError, match="holds the shard folder"):
+            Reader([own], stage=Stage(folder, 10**9))
+    assert sorted(path.name for path in own.iterdir()) == sorted(path.name for path in shard.iterdir())

@@ -166,7 +166,13 @@ class Palettes:
 
     def __init__(self, reader: Reader, fit: stain.Fit):
         self._reader, self._fit = reader, fit
-        known = [fit.slides.get(word, (fit.reference_23, fit.reference_strength_2)) for word in reader.words("slide")]
+        slides = reader.words("slide")
+        ours = {found.fingerprint for found in reader.indexes}
+        if not ours & {*fit.shards} and not any(slide in fit.slides for slide in slides):
+            raise ShardError(f"data.stain knows none of the {len(slides)} slides of "
+                             f"{', '.join(map(str, reader.folders))}: it was fitted to other shards; run ssl-dist "
+                             "stain-fit on these")
+        known = [fit.slides.get(slide, (fit.reference_23, fit.reference_strength_2)) for slide in slides]
         self._stains_S33 = stain.complete(np.array([stains for stains, _ in known]))
         self._strength_S2 = np.array([strength for _, strength in known])
 

@@ -5,12 +5,15 @@ Which one follows from the place alone (`instead`): every rank, and every attemp
 
 import fcntl
 import json
+import logging
 import os
 from pathlib import Path
 
 import numpy as np
 
 from shards.index import ShardError
+
+logger = logging.getLogger(__name__)
 
 INSTEAD = 4         # the last word of Philox's counter; order.py, mixture.py and augment.py use 0 to 3
 
@@ -36,11 +39,15 @@ class Quarantine:
                 torn = size and os.pread(descriptor, 1, size - 1) != b"\n"      # by a kill: not ours as well
                 os.write(descriptor, ("\n" * bool(torn) + line).encode())
                 self.listed.add(tile)
+                if len(self.listed) == 1:
+                    logger.warning("tile %s cannot be used (%s); it and any other are listed in %s, and sound ones "
+                                   "take their places", key, reason, self.path)
         finally:
             os.close(descriptor)
         if (count := len(self.listed)) > self.budget:
-            raise ShardError(f"{count} tiles cannot be used, data.max_bad={self.budget}; {self.path} lists them, the "
-                             f"last is {key} ({reason}). Run: ssl-dist check {Path(tar).parent} --decode")
+            raise ShardError(f"{count} tile{'s' * (count > 1)} cannot be used, data.max_bad={self.budget}; "
+                             f"{self.path} lists them, the last is {key} ({reason}). Run: ssl-dist check "
+                             f"{Path(tar).parent} --decode")
 
     def _tiles(self) -> set[tuple[str, str]]:
         """The tiles that any rank listed; a line cut short by a kill is no line."""

@@ -36,7 +36,7 @@ class Reader:
                  block: Path | None = None, stage: Stage | None = None, readers: int = 1):
         self.folders, self.split, self.stage = [stages.place(folder) for folder in folders], split, stage
         self.only = {**({"split": [split]} if split else {}), **(only or {})}
-        blocked = block.read_text(encoding="utf-8").split() if block else None
+        blocked = _keys(block) if block else None
         self._homes = [self._home(folder) for folder in self.folders]       # of index and table
         self.indexes = [index.read(home) for home in self._homes]
         fingerprints = [found.fingerprint for found in self.indexes]
@@ -347,6 +347,13 @@ def _rows_of(table: pa.Table, found: index.Index, only: dict[str, list], blocked
     if blocked is not None:
         fits &= ~compute.is_in(table["key"], blocked).to_numpy()
     return np.flatnonzero(fits).astype(np.int32)        # half the memory; a folder has no two billion
+
+
+def _keys(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8").split()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ShardError(f"data.block={path} is no list of keys, one a line ({error})") from None
 
 
 def _own(blocked: list[str], dataset: str) -> pa.Array:

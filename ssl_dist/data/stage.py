@@ -87,6 +87,9 @@ class Stage:
         """A tar of a shard folder, and where its copy belongs."""
         if not re.fullmatch(r"[^./][^/]*\.tar", tar.name):      # an index from elsewhere must not choose where we write
             raise ShardError(f"{source}: {tar.name!r} in its index.json is no name of a tar; restore it")
+        if isinstance(source, Path) and self.folder.resolve() in (source.resolve(), *source.resolve().parents):
+            raise ShardError(f"data.stage={self.folder} holds the shard folder {source} itself, and a stage removes "
+                             "what it does not need; choose a folder of its own")
         return Copy(source / tar.name, self._home(source, fingerprint) / tar.name, tar.bytes, tar.sha256)
 
     def _home(self, source: Path | Url, fingerprint: str) -> Path:

@@ -187,6 +187,8 @@ def _fit(content: dict[str, Any]) -> Fit:
         left_out=content["left_out"])
     if min(fit.lab_mean_6[3:].min(), fit.lab_std_6.min()) < 0:
         raise ValueError("a deviation in lab is below zero")
+    if not 0 < fit.lab_mean_6.min() <= fit.lab_mean_6.max() <= 255:
+        raise ValueError(f"lab.mean is {fit.lab_mean_6.tolist()}, not of pictures")
     if weights_K.min() < 0 or abs(weights_K.sum() - 1) > TOLERANCE:
         raise ValueError(f"mixture.weights are {weights_K.tolist()}, not parts of one")
     for number, covariance_66 in enumerate(fit.covariances_K66):
