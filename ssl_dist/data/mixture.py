@@ -22,6 +22,8 @@ def shares(sizes: np.ndarray, temperature: float | None, weights: np.ndarray | N
     if weights is None:
         weights = np.ones(len(sizes)) if temperature is None else np.asarray(sizes, float) ** (1 / temperature)
     wanted = np.where(np.asarray(sizes) > 0, weights, 0.0)
+    if not wanted.any():
+        return np.zeros(len(wanted), np.int64)
     return np.where(wanted > 0, np.maximum(np.round(wanted / wanted.sum() * UNIT), 1), 0).astype(np.int64)
 
 
