@@ -41,8 +41,8 @@ class Data:
     threads: int = field(default=0, metadata={"range": (0, 1024), "help": "a rank; 0: its share of the cores"})
     decode: str = field(default="auto", metadata={"choices": ("auto", "cpu", "mixed"), "help": "for a GPU: on the "
                                                   "CPU's cores, by the GPU, or what this machine does faster"})
-    readers: int = field(default=1, metadata={"range": (1, 256), "help": "threads that read; more than one only pay "
-                                              "where files lie on a network that does not read ahead"})
+    readers: int = field(default=1, metadata={"range": (1, 256), "help": "threads that read at once; from memory, "
+                                              "one was the fastest"})
     ahead: int = field(default=3, metadata={"range": (1, 64), "help": "batches kept ready before the step"})
     stage: Path | None = field(default=None, metadata={"help": "a folder on a local disk, made if missing, for copies "
                                                        "of the tars that are next; runs may share it"})

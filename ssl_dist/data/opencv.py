@@ -109,7 +109,7 @@ def draw(image_HW3: np.ndarray, stroke: Strokes, size: int, out_SS3: np.ndarray,
         picture = cv2.convertScaleAbs(cv2.exp(light, dst=light), alpha=255)     # brighter than glass is glass
     picture = cv2.transform(picture, stroke.colour_34)
     if stroke.sigma:
-        # GaussianBlur takes two thirds longer for bytes, and rounds its weights to whole 256ths.
+        # GaussianBlur took two thirds longer for bytes, and was off by a level where this is off by half of one.
         weights = cv2.getGaussianKernel(2 * math.ceil(3 * stroke.sigma) + 1, stroke.sigma, cv2.CV_32F)
         picture = cv2.sepFilter2D(picture, -1, weights, weights, borderType=cv2.BORDER_REFLECT_101)
     if stroke.solarise:

@@ -5,7 +5,7 @@ and one filter (batch.py, opencv.py); their strengths and chances are theirs.
 """
 
 import difflib
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from ssl_dist.data.batch import View
@@ -66,7 +66,7 @@ DINO = Preset("Caron et al. 2021; facebookresearch/dino, main_dino.py; VISSL",
 
 PRESETS = {
     "histology": Preset("ours: weak colour, flips both ways, no stain step", (View(count=2),),
-                        {"O": " ".join(field.name for field in fields(View))}),
+                        {"O": " ".join(each.name for each in fields(View))}),
     "simclr": SIMCLR,
     "moco_v2": MOCO_V2,
     "swav": SWAV,
@@ -115,6 +115,12 @@ def expand(given: Any) -> Any:
             raise ValueError(f"{view}={own!r} is a view of {name}, and takes keys such as size")
         changed[number] |= own
     return changed
+
+
+def asked(name: str) -> Any:
+    """The field `views` of a method's settings: a preset where nothing is said."""
+    return field(default=PRESETS[name].views, metadata={
+        "expand": expand, "help": f"a preset and changes, {{preset: {name}, stain: 0.05}}, or a list of views"})
 
 
 def told(name: str) -> list[str]:

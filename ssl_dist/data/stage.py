@@ -111,8 +111,8 @@ class Stage:
             try:
                 if (descriptor := self._make(copy, None)) is not None:
                     return descriptor
-            except Full:
-                pass                # of what others are making
+            except Full:            # others' drafts fill it; they become copies, which may go
+                logger.debug("%s waits for room", copy.path)
             except OSError as error:
                 patience -= PAUSE   # what was removed may be open yet in others, and keep its room
                 if not _is_full(error) or patience < 0:

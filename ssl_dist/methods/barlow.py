@@ -21,8 +21,7 @@ class Config:
     width: int = field(default=8192, metadata={"range": (2, 10**5), "help": "of the projection"})
     off_diagonal: float = field(default=0.0051, metadata={"range": (0, 1), "help": "weight of what must not agree"})
     scale: float = field(default=0.024, metadata={"range": (1e-6, 1e3), "help": "of the loss"})
-    views: tuple[View, ...] = field(default=presets.PRESETS["barlow"].views, metadata={
-        "expand": presets.expand, "help": "a preset and changes, {preset: barlow_kang}, or a list of views"})
+    views: tuple[View, ...] = presets.asked("barlow")
 
     def rules(self) -> list[str]:
         """What cannot be said of one value alone."""

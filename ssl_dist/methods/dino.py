@@ -32,8 +32,7 @@ class Config:
     classes: int = field(default=65_536, metadata={"range": (2, 10**6), "help": "of the head"})
     hidden: int = field(default=2048, metadata={"range": (1, 10**5), "help": "of the head"})
     narrow: int = field(default=256, metadata={"range": (1, 10**5), "help": "of the head, before its last layer"})
-    views: tuple[View, ...] = field(default=presets.PRESETS["dino"].views, metadata={
-        "expand": presets.expand, "help": "a preset and changes, {preset: dino_kang, stain: 0.1}, or a list of views"})
+    views: tuple[View, ...] = presets.asked("dino")
 
     def rules(self) -> list[str]:
         """What cannot be said of one value alone."""

@@ -25,8 +25,7 @@ class Config:
     momentum: float = field(default=0.999, metadata={"range": (0, 1), "help": "of the encoder of keys"})
     hidden: int | None = field(default=None, metadata={"range": (1, 10**5), "help": "null: as wide as the encoder"})
     width: int = field(default=128, metadata={"range": (2, 10**5), "help": "of the projection"})
-    views: tuple[View, ...] = field(default=presets.PRESETS["moco_v2"].views, metadata={
-        "expand": presets.expand, "help": "a preset and changes, {preset: moco_v2_kang}, or a list of views"})
+    views: tuple[View, ...] = presets.asked("moco_v2")
 
     def rules(self) -> list[str]:
         """What cannot be said of one value alone."""

@@ -23,8 +23,7 @@ class Config:
     hidden: int | None = field(default=None, metadata={"range": (1, 10**5), "help": "null: as wide as the encoder"})
     width: int = field(default=128, metadata={"range": (1, 10**5), "help": "of the projection"})
     norm: bool = field(default=False, metadata={"help": "BatchNorm inside the projection"})
-    views: tuple[View, ...] = field(default=presets.PRESETS["histology"].views, metadata={
-        "expand": presets.expand, "help": "a preset and changes, {preset: simclr, stain: 0.05}, or a list of views"})
+    views: tuple[View, ...] = presets.asked("histology")
 
     def rules(self) -> list[str]:
         """What cannot be said of one value alone."""

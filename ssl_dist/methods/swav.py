@@ -30,8 +30,7 @@ class Config:
     queue_from: float = field(default=0.0, metadata={"range": (0, 1), "help": "part of the run before the queue"})
     hidden: int = field(default=2048, metadata={"range": (1, 10**5), "help": "of the projection"})
     width: int = field(default=128, metadata={"range": (2, 10**5), "help": "of the projection"})
-    views: tuple[View, ...] = field(default=presets.PRESETS["swav"].views, metadata={
-        "expand": presets.expand, "help": "a preset and changes, {preset: swav_kang, stain: 0.1}, or a list of views"})
+    views: tuple[View, ...] = presets.asked("swav")
 
     def rules(self) -> list[str]:
         """What cannot be said of one value alone."""

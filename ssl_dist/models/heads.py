@@ -23,7 +23,7 @@ def projector(widths: list[int], *, norm: bool, bias: bool | None = None) -> nn.
 
 
 class Prototypes(nn.Module):
-    """Directions of unit length; a sample's scores are its cosines with them."""
+    """Directions of unit length; the scores of a sample of unit length are its cosines with them."""
 
     def __init__(self, width: int, count: int):
         super().__init__()
@@ -31,7 +31,7 @@ class Prototypes(nn.Module):
 
     def forward(self, samples_BD: Tensor, *, learn: bool = True) -> Tensor:
         """Scores (B, K); without `learn` the prototypes stay where they are."""
-        return F.linear(F.normalize(samples_BD, dim=1), self.weight if learn else self.weight.detach())
+        return F.linear(samples_BD, self.weight if learn else self.weight.detach())
 
     @torch.no_grad()
     def normalise(self) -> None:
