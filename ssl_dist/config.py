@@ -5,12 +5,15 @@ A number is written once. Whatever follows from it (a rank's batch, DeepSpeed's 
 
 import difflib
 import importlib
+import math
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ssl_dist import schema
+from ssl_dist import schedule, schema
 from ssl_dist.schema import ConfigError
+
+LR_TILES = 256          # what learning rates that scale are written for, as most papers do
 
 # What tiles can be chosen by.
 COLUMNS = ("dataset", "slide", "patient", "label", "stain", "organ", "mpp")
@@ -82,11 +85,30 @@ class Encoder:
 class Optim:
     name: str = field(default="adamw", metadata={"choices": ("adamw", "sgd", "lars")})
     lr: float = field(default=1e-3, metadata={"range": (0, 1000), "help": "at the top of the schedule"})
+    scale: str = field(default="fixed", metadata={
+        "choices": ("fixed", "linear", "root"),
+        "help": f"the learning rates are for {LR_TILES} tiles a step, and grow with the batch or its root"})
     warmup: float = field(default=0.05, metadata={"range": (0, 1), "help": "fraction of the run"})
     final_lr: float = field(default=0.0, metadata={"range": (0, 1000)})
+    lr_vectors: float | None = field(default=None, metadata={"range": (0, 1000), "help": "of biases and norms at the "
+                                                             "top; null: the same"})
     weight_decay: float = field(default=1e-4, metadata={"range": (0, 10)})
+    final_weight_decay: float | None = field(default=None, metadata={"range": (0, 10), "help": "reached by half a "
+                                                                     "cosine; null: it stays"})
+    decay_vectors: bool = field(default=False, metadata={"help": "biases and norms decay as well"})
     momentum: float = field(default=0.9, metadata={"range": (0, 1), "help": "sgd and lars"})
+    nesterov: bool = field(default=True, metadata={"help": "sgd"})
+    trust: float = field(default=1e-3, metadata={"range": (1e-6, 1), "help": "lars: a step's part of a layer's size"})
     clip: float = field(default=0.0, metadata={"range": (0, 1e6), "help": "gradient norm; 0: never"})
+
+    def rules(self) -> list[str]:
+        """What cannot be said of one value alone."""
+        broken = []
+        if self.final_lr > self.lr:
+            broken.append(f"final_lr={self.final_lr} lies above lr={self.lr}")
+        if self.lr_vectors is not None and not self.lr:
+            broken.append(f"lr_vectors={self.lr_vectors} follows the schedule of lr, which is 0")
+        return broken
 
 
 @dataclass
@@ -113,7 +135,9 @@ class Train:
     run: Path = field(metadata={"help": "run folder to write"})
     data: Data
     method: dict[str, Any] = field(metadata={"help": "name=simclr and the method's own keys"})
-    steps: int = field(metadata={"range": (1, 10**9), "help": "optimizer steps of the whole run"})
+    steps: int = field(default=0, metadata={"range": (0, 10**9), "help": "optimizer steps of the whole run"})
+    epochs: float = field(default=0, metadata={"range": (0, 10**6), "help": "or: passes over the tiles"})
+    samples: int = field(default=0, metadata={"range": (0, 10**13), "help": "or: tiles seen, again and again"})
     stop: int | None = field(default=None, metadata={"range": (1, 10**9), "help": "end the attempt after this step"})
     seed: int = field(default=0, metadata={"range": (0, 2**63 - 1)})
     device: str = field(default="auto", metadata={"choices": ("auto", "cpu", "cuda")})
@@ -132,8 +156,12 @@ class Train:
             close = difflib.get_close_matches(str(name), methods(), n=1)
             broken.append(f"method.name={name!r} is not one of {', '.join(methods())}"
                           + (f"; did you mean {close[0]!r}?" if close else ""))
-        if self.optim.final_lr > self.optim.lr:
-            broken.append(f"optim.final_lr={self.optim.final_lr} lies above optim.lr={self.optim.lr}")
+        lengths = {name: getattr(self, name) for name in ("steps", "epochs", "samples") if getattr(self, name)}
+        if len(lengths) > 1:
+            broken.append(" and ".join(f"{name}={value:g}" for name, value in lengths.items()) + " each say how long "
+                          "the run is; set all but one to 0")
+        elif not lengths:
+            broken.append("steps is not set, nor epochs, nor samples: say how long the run is")
         return broken
 
 
@@ -215,6 +243,26 @@ def recipe(name: str) -> Path:
     close = difflib.get_close_matches(name.removeprefix("configs/").removesuffix(".yaml"), known, n=1)
     raise ConfigError([f"no config {name} (looked in {Path.cwd()} and among the recipes)"
                        + (f"; did you mean {close[0]}?" if close else "; `ssl-dist recipes` lists them")])
+
+
+def with_steps(train: Train, steps_an_epoch: int) -> Train:
+    """The same run with its length in steps, once the catalogue is known."""
+    steps = train.steps or math.ceil(train.samples / train.data.batch) or max(1, round(train.epochs * steps_an_epoch))
+    return replace(train, steps=steps, epochs=0, samples=0)
+
+
+def rates(train: Train, progress: float) -> tuple[float, float]:
+    """Learning rate and weight decay of a step."""
+    optim, scale = train.optim, lr_scale(train)
+    lr = schedule.warmup_cosine(progress, scale * optim.lr, scale * optim.final_lr, optim.warmup)
+    end = optim.weight_decay if optim.final_weight_decay is None else optim.final_weight_decay
+    return lr, schedule.cosine(progress, optim.weight_decay, end)
+
+
+def lr_scale(train: Train) -> float:
+    """What the learning rates of a recipe are multiplied by, for its batch."""
+    share = train.data.batch / LR_TILES
+    return {"fixed": 1.0, "linear": share, "root": share**0.5}[train.optim.scale]
 
 
 def rank_batch(train: Train, world: int) -> int:

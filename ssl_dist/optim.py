@@ -9,21 +9,37 @@ from torch import nn
 from ssl_dist.config import Optim
 
 
-def groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Matrices and kernels decay; biases and the scales of norms, which are vectors, do not."""
-    decayed = [parameter for parameter in module.parameters() if parameter.requires_grad and parameter.ndim > 1]
-    plain = [parameter for parameter in module.parameters() if parameter.requires_grad and parameter.ndim <= 1]
-    return [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+def groups(module: nn.Module, config: Optim) -> list[dict[str, Any]]:
+    """Matrices and kernels; and the vectors: biases and the scales of norms, which have a way of their own.
+
+    `share` is a group's part of the learning rate, `decay` its part of the weight decay (`set_rates`).
+    """
+    learning = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    share = 1.0 if config.lr_vectors is None else config.lr_vectors / config.lr
+    return [{"params": [each for each in learning if each.ndim > 1], "share": 1.0, "decay": 1.0},
+            {"params": [each for each in learning if each.ndim <= 1], "share": share,
+             "decay": float(config.decay_vectors)}]
+
+
+def set_rates(optimizer: torch.optim.Optimizer, lr: float, weight_decay: float) -> None:
+    """Learning rate and weight decay of the next step."""
+    for group in optimizer.param_groups:
+        group["lr"], group["weight_decay"] = lr * group["share"], weight_decay * group["decay"]
 
 
 def build(module: nn.Module, config: Optim) -> torch.optim.Optimizer:
     """The optimizer that `config` names, over the parameters that learn."""
-    parameters = groups(module, config.weight_decay)
+    parameters = groups(module, config)
+    optimizer: torch.optim.Optimizer
     if config.name == "adamw":
-        return torch.optim.AdamW(parameters, lr=config.lr)
-    if config.name == "sgd":
-        return torch.optim.SGD(parameters, lr=config.lr, momentum=config.momentum, nesterov=config.momentum > 0)
-    return Lars(parameters, lr=config.lr, momentum=config.momentum)
+        optimizer = torch.optim.AdamW(parameters, lr=config.lr)
+    elif config.name == "sgd":
+        optimizer = torch.optim.SGD(parameters, lr=config.lr, momentum=config.momentum,
+                                    nesterov=config.nesterov and config.momentum > 0)
+    else:
+        optimizer = Lars(parameters, lr=config.lr, momentum=config.momentum, trust=config.trust)
+    set_rates(optimizer, config.lr, config.weight_decay)
+    return optimizer
 
 
 class Lars(torch.optim.Optimizer):

@@ -18,7 +18,7 @@ from PIL import Image
 from rich.console import Console
 
 from shards import folder
-from ssl_dist import checkpoint, config, dist, export, methods, optim, schedule, schema, sheet
+from ssl_dist import checkpoint, config, dist, export, methods, optim, schema, sheet
 from ssl_dist import run as runs
 from ssl_dist.config import ConfigError, Train
 from ssl_dist.data import mixture, stain, sweep
@@ -57,6 +57,7 @@ def train(settings: Train) -> int:
         try:
             reader = _reader(settings)
             dist.once(reader.verify)
+            settings = config.with_steps(settings, _stream(settings, reader).steps_an_epoch)
             identity = _identity(settings, reader)
             found = dist.once(lambda: checkpoint.newest(path / "checkpoints"))
             if found and _finished(found, identity, settings, path):
@@ -98,8 +99,8 @@ def _train(settings: Train, path: Path, run: runs.Run, device: torch.device, rea
     try:
         for batch in _timed(loader.batches(start, last), clock):
             progress = step / settings.steps
-            lr = schedule.warmup_cosine(progress, settings.optim.lr, settings.optim.final_lr, settings.optim.warmup)
-            engine.set_lr(lr)
+            lr, weight_decay = config.rates(settings, progress)
+            optim.set_rates(engine.optimizer, lr, weight_decay)
             torch.manual_seed(hash((settings.seed, step, dist.rank())))     # for dropout: no state to save
             scalars = engine(batch.to(device), progress)
             stopping = _agree(scalars["loss"], bool(asked), device, step)
@@ -206,6 +207,7 @@ def rehearse(settings: Train, world: int) -> dict[str, Any]:
         stain.read(settings.data.stain)
     reader = _reader(settings)
     stream = _stream(settings, reader)
+    settings = config.with_steps(settings, stream.steps_an_epoch)
     with torch.device("meta"):
         method = build(settings)
     weights = sum(parameter.numel() for parameter in method.parameters())
@@ -221,8 +223,10 @@ def rehearse(settings: Train, world: int) -> dict[str, Any]:
         raise folder.StorageError(28, f"{path}: checkpoints may take {need / 1e9:.1f} GB, {free / 1e9:.1f} GB are free")
     return {"tiles": stream.samples, "steps an epoch": stream.steps_an_epoch,
             "left out of an epoch": stream.samples % settings.data.batch,
-            "epochs": round(settings.steps / stream.steps_an_epoch, 2), "tiles a rank and step": share,
-            "parameters": weights, "disk for checkpoints, GB": round(need / 1e9, 2), **_room(settings, reader)}
+            "steps": settings.steps, "epochs": round(settings.steps / stream.steps_an_epoch, 2),
+            "learning rate at the top": float(f"{settings.optim.lr * config.lr_scale(settings):.4g}"),
+            "tiles a rank and step": share, "parameters": weights,
+            "disk for checkpoints, GB": round(need / 1e9, 2), **_room(settings, reader)}
 
 
 def _writable(path: Path) -> Path:

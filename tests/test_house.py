@@ -20,7 +20,7 @@ MAY_IMPORT = {
     "launch": ["launch"],
     "ssl_dist": [],
     "ssl_dist.schema": [],
-    "ssl_dist.config": ["ssl_dist.schema", "ssl_dist.methods"],
+    "ssl_dist.config": ["ssl_dist.schema", "ssl_dist.schedule", "ssl_dist.methods"],
     "ssl_dist.dist": [],
     "ssl_dist.schedule": [],
     "ssl_dist.data": ["ssl_dist.data", "ssl_dist.dist", "shards.index", "shards.jpeg"],

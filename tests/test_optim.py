@@ -1,14 +1,16 @@
 """LARS against plain loops, groups by what they hold, and schedules at their ends and in between."""
 
 import math
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from ssl_dist import optim, schedule
-from ssl_dist.config import Optim
+from ssl_dist import config, optim, schedule
+from ssl_dist.config import Data, Optim, Train
 
 LR, MOMENTUM, DECAY, TRUST = 0.7, 0.9, 0.01, 1e-3
 
@@ -78,10 +80,56 @@ def test_matrices_and_kernels_decay_and_vectors_do_not() -> None:
     model = network()
     model[4].weight.requires_grad = False
     names = {parameter: name for name, parameter in model.named_parameters()}
-    decayed, plain = optim.groups(model, 0.05)
-    assert (decayed["weight_decay"], plain["weight_decay"]) == (0.05, 0.0)
-    assert [names[each] for each in decayed["params"]] == ["0.weight", "3.weight"]
-    assert [names[each] for each in plain["params"]] == ["0.bias", "1.weight", "1.bias", "3.bias"]
+    matrices, vectors = optim.build(model, Optim(weight_decay=0.05)).param_groups
+    assert (matrices["weight_decay"], vectors["weight_decay"]) == (0.05, 0.0)
+    assert [names[each] for each in matrices["params"]] == ["0.weight", "3.weight"]
+    assert [names[each] for each in vectors["params"]] == ["0.bias", "1.weight", "1.bias", "3.bias"]
+    both = optim.build(model, Optim(weight_decay=0.05, decay_vectors=True)).param_groups
+    assert [group["weight_decay"] for group in both] == [0.05, 0.05]
+
+
+def test_vectors_may_have_a_learning_rate_of_their_own_and_follow_the_same_schedule() -> None:
+    """Barlow Twins: 0.2 for weights, 0.0048 for biases and norms, both for 256 tiles, on one schedule."""
+    told = train(data_batch=1024, optim=Optim(name="lars", lr=0.2, lr_vectors=0.0048, scale="linear", warmup=0.1))
+    optimizer = optim.build(network(), told.optim)
+    for progress, part in ((0.05, 0.5), (0.1, 1.0), (0.55, 0.5), (1.0, 0.0)):
+        optim.set_rates(optimizer, *config.rates(told, progress))
+        assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.8 * part, 0.0192 * part])
+
+
+def train(data_batch: int = 256, **changes: Any) -> Train:
+    return Train(run=Path("run"), data=Data(shards=[Path()], batch=data_batch), method={"name": "simclr"},
+                 **{"steps": 10, **changes})
+
+
+@pytest.mark.parametrize(("scale", "factor"), [("fixed", 1), ("linear", 8), ("root", 8**0.5)])
+def test_learning_rates_grow_with_the_batch_as_the_recipe_says(scale: str, factor: float) -> None:
+    told = train(data_batch=2048, optim=Optim(lr=0.3, final_lr=0.03, scale=scale, warmup=0.0))
+    assert config.rates(told, 0.0)[0] == pytest.approx(0.3 * factor)
+    assert config.rates(told, 1.0)[0] == pytest.approx(0.03 * factor)
+    # SimCLR's own words for the root: 0.075 times the root of the batch.
+    assert factor != 8**0.5 or config.rates(told, 0.0)[0] == pytest.approx(0.075 * math.sqrt(2048) / 1.2 * 0.3)
+
+
+def test_weight_decay_moves_by_half_a_cosine_or_stays() -> None:
+    moving = train(optim=Optim(weight_decay=0.04, final_weight_decay=0.4))
+    assert [config.rates(moving, progress)[1] for progress in (0, 0.5, 1)] == pytest.approx([0.04, 0.22, 0.4])
+    assert {config.rates(train(), progress)[1] for progress in (0, 0.3, 1)} == {1e-4}
+    optimizer = optim.build(network(), moving.optim)
+    optim.set_rates(optimizer, *config.rates(moving, 1.0))
+    assert [group["weight_decay"] for group in optimizer.param_groups] == pytest.approx([0.4, 0.0])
+
+
+def test_a_run_is_as_long_as_steps_epochs_or_samples_say() -> None:
+    for words, steps in ((dict(steps=7), 7), (dict(steps=0, epochs=2.5), 50), (dict(steps=0, samples=1000), 4),
+                         (dict(steps=0, epochs=0.01), 1)):
+        found = config.with_steps(train(**words), steps_an_epoch=20)
+        assert (found.steps, found.epochs, found.samples) == (steps, 0, 0)
+        assert found.rules() == []
+        assert config.with_steps(found, steps_an_epoch=3) == found, "what is resolved no longer depends on the tiles"
+    assert train(steps=3, epochs=2.0).rules() == ["steps=3 and epochs=2 each say how long the run is; set all but one "
+                                                  "to 0"]
+    assert "say how long" in train(steps=0).rules()[0]
 
 
 @pytest.mark.parametrize("name", ["adamw", "sgd", "lars"])
