@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import importlib
 import json
 import os
 import sys
@@ -483,11 +484,11 @@ def evaluate(config: Config, overrides: Overrides = None, print_config: PrintCon
     if print_config:
         return say(schema.dump(settings).rstrip())
     from ssl_dist import dist
-    from ssl_dist.eval import knn
 
+    protocol = importlib.import_module(f"ssl_dist.eval.{settings.protocol}")
     with bars() as progress:
         threads = settings.threads or len(os.sched_getaffinity(0))
-        result = knn.run(settings, dist.device(settings.device), threads, progress)
+        result = protocol.run(settings, dist.device(settings.device), threads, progress)
     say(f"{settings.protocol}: " + ", ".join(f"{name} {value:.3f}" for name, value in result["metrics"].items()))
     seen = {name: count for name, count in (result["seen_in_pretraining"] or {}).items() if count}
     if seen:

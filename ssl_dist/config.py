@@ -179,17 +179,19 @@ class Eval:
     encoder: Path = field(metadata={"exists": True, "help": "an exported encoder folder",
                                     "otherwise": "; a run writes it as RUN/encoder when it ends"})
     data: EvalData
-    protocol: str = field(default="knn", metadata={"choices": ("knn",)})
+    protocol: str = field(default="knn", metadata={"choices": ("knn", "linear")})
     out: Path | None = field(default=None, metadata={"help": "folder of results; null: eval/ beside the encoder"})
     size: int | None = field(default=None, metadata={"range": (16, 4096), "help": "pixels a tile is resized to; null: "
                                                      "as wide as what the encoder was trained on"})
-    k: int = field(default=20, metadata={"range": (1, 10**6), "help": "neighbours that vote"})
-    temperature: float = field(default=0.07, metadata={"range": (1e-3, 100), "help": "of the votes"})
-    baselines: list[str] = field(default_factory=lambda: ["random"], metadata={"choices": ("random",)})
+    k: int = field(default=20, metadata={"range": (1, 10**6), "help": "knn: neighbours that vote"})
+    temperature: float = field(default=0.07, metadata={"range": (1e-3, 100), "help": "knn: of the votes"})
+    baselines: list[str] = field(default_factory=lambda: ["random"], metadata={
+        "choices": ("random", "colours"), "help": "random: the same network untrained; colours: histograms"})
     batch: int = field(default=256, metadata={"range": (1, 10**6)})
     threads: int = field(default=0, metadata={"range": (0, 1024), "help": "0: all cores"})
     device: str = field(default="auto", metadata={"choices": ("auto", "cpu", "cuda")})
-    seed: int = field(default=0, metadata={"range": (0, 2**63 - 1), "help": "of the random baseline"})
+    seed: int = field(default=0, metadata={"range": (0, 2**32 - 1), "help": "of the random baseline, and of what is "
+                                                                            "held out"})
 
     def rules(self) -> list[str]:
         """What cannot be said of one value alone."""

@@ -15,6 +15,7 @@ from shards.index import ShardError
 from ssl_dist.config import Eval, EvalData
 from ssl_dist.data.reader import Reader
 from ssl_dist.eval import features, knn, metrics
+from ssl_dist.models import encoder as encoders
 from ssl_dist.models.encoder import Encoder
 
 QUERIES, BANK, WIDTH, CLASSES = 70, 200, 12, 5
@@ -101,7 +102,7 @@ def test_the_protocol_gives_what_scikit_learn_makes_of_the_same_features(exporte
                                                                          tmp_path: Path) -> None:
     result = run(settings(exported, shard, tmp_path))
     assert json.loads((tmp_path / "knn.json").read_text()) == result
-    network = knn.encoders.load(exported)
+    network = encoders.load(exported)
     found = {}
     for split in ("train", "test"):
         own = features.labelled([shard], split)
@@ -129,7 +130,7 @@ def test_the_protocol_gives_what_scikit_learn_makes_of_the_same_features(exporte
 
 
 def test_features_do_not_depend_on_the_size_of_the_batch(exported: Path, shard: Path) -> None:
-    split, network = features.labelled([shard], "test"), knn.encoders.load(exported)
+    split, network = features.labelled([shard], "test"), encoders.load(exported)
     whole, parts = (features.extract(network, split, size=64, batch=batch, threads=2, device=torch.device("cpu"),
                                      progress=lambda *_: None) for batch in (len(split.rows), 5))
     torch.testing.assert_close(whole, parts, rtol=1e-4, atol=1e-5)

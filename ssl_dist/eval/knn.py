@@ -3,14 +3,10 @@
 Q queries   B bank   K neighbours   D width   C classes
 """
 
-import contextlib
-import functools
 import io
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
@@ -19,13 +15,9 @@ from torch import Tensor
 from shards import folder
 from shards.index import ShardError
 from ssl_dist.config import Eval
-from ssl_dist.eval import features, leakage, metrics
+from ssl_dist.eval import protocol
 from ssl_dist.eval.features import Split
-from ssl_dist.models import encoder as encoders
-
-UNKNOWN = ""            # the patient of a tile whose source does not say
-
-Progress = Callable[[str, int, int], None]
+from ssl_dist.eval.protocol import Progress, Verdict
 
 
 def neighbours(query_QD: Tensor, bank_BD: Tensor, k: int, chunk: int = 1024) -> tuple[Tensor, Tensor]:
@@ -45,67 +37,21 @@ def vote(similarity_QK: Tensor, labels_QK: Tensor, classes: int, temperature: fl
 
 def run(settings: Eval, device: torch.device, threads: int, progress: Progress) -> dict[str, Any]:
     """The protocol: features of both splits, a vote for every query, and the same for each baseline."""
-    bank = features.labelled(settings.data.shards, settings.data.bank)
-    query = features.labelled(settings.data.shards, settings.data.query)
-    with contextlib.closing(bank.reader), contextlib.closing(query.reader):
-        return _run(settings, bank, query, device, threads, progress)
+    shown: list[tuple[Tensor, Tensor]] = []         # of the encoder, which is judged first
 
+    def judge(bank_BD: Tensor, bank: Split, query_QD: Tensor, query: Split) -> Verdict:      # noqa: ARG001
+        if len(bank_BD) < settings.k:
+            raise ShardError(f"k={settings.k} neighbours are more than the {len(bank_BD)} tiles of the bank; lower k")
+        similarity_QK, places_QK = neighbours(query_QD, bank_BD, settings.k)
+        answers_Q = vote(similarity_QK, bank.labels_S[places_QK], len(bank.classes), settings.temperature)
+        shown.append((places_QK, answers_Q))
+        return Verdict(answers_Q, {"k": settings.k, "temperature": settings.temperature})
 
-def _run(settings: Eval, bank: Split, query: Split, device: torch.device, threads: int,
-         progress: Progress) -> dict[str, Any]:
-    if len(bank.rows) < settings.k:
-        raise ShardError(f"k={settings.k} neighbours are more than the {len(bank.rows)} tiles of the bank; lower k")
-    for name, split in ((settings.data.bank, bank), (settings.data.query, query)):
-        if len(split.labels_S.unique()) < 2:
-            raise ShardError(f"split {name!r} holds one class only: every guess would be right; label more classes")
-    shared = sorted(set(bank.patients) & set(query.patients) - {UNKNOWN})
-    if shared:
-        raise ShardError(f"{len(shared)} patients are in both {settings.data.bank!r} and {settings.data.query!r} ("
-                         f"{shared[0]!r}, …): tiles of one patient resemble each other, so the score would be too "
-                         "good; split by patient and shard again")
+    def draw(bank: Split, query: Split, out: Path) -> list[str]:
+        _sheet(bank, query, *shown[0], out / "knn_neighbours.png")
+        return ["knn_neighbours.png"]
 
-    size = settings.size or encoders.trained_size(settings.encoder)
-
-    def guess(encoder: encoders.Encoder, what: str) -> tuple[Tensor, Tensor]:
-        vectors = [features.extract(encoder, split, size=size, batch=settings.batch, threads=threads,
-                                    device=device, progress=functools.partial(progress, f"{what}, {name}"))
-                   for name, split in (("bank", bank), ("query", query))]
-        if not all(bool(each.isfinite().all()) for each in vectors):
-            raise encoders.EncoderError(f"{what} gives features that are no numbers; its weights are damaged")
-        similarity_QK, places_QK = neighbours(vectors[1], vectors[0], settings.k)
-        return vote(similarity_QK, bank.labels_S[places_QK], len(bank.classes), settings.temperature), places_QK
-
-    answer_Q, places_QK = guess(encoders.load(settings.encoder), "encoder")
-    counts_CC = metrics.confusion(query.labels_S.numpy(), answer_Q.numpy(), len(bank.classes))
-    baselines = {}
-    for name in settings.baselines:
-        torch.manual_seed(settings.seed)
-        random_Q, _ = guess(encoders.build(settings.encoder), name)
-        baselines[name] = _figures(metrics.confusion(query.labels_S.numpy(), random_Q.numpy(), len(bank.classes)))
-    out = folder.make(settings.out or settings.encoder.parent / "eval")
-    _sheet(bank, query, places_QK, answer_Q, out / "knn_neighbours.png")
-    result = {
-        "protocol": "knn", "size": size, "k": settings.k, "temperature": settings.temperature,
-        "encoder": {"path": str(settings.encoder), "architecture": encoders.build(settings.encoder).name,
-                    "sha256": encoders.digest(settings.encoder)},
-        "shards": [{"path": str(path), "fingerprint": found.fingerprint}
-                   for path, found in zip(settings.data.shards, bank.reader.indexes, strict=True)],
-        "metrics": _figures(counts_CC), "baselines": baselines,
-        "counts": {"bank": len(bank.rows), "queries": len(query.rows),
-                   "bank_patients": len(set(bank.patients) - {UNKNOWN}),
-                   "query_patients": len(set(query.patients) - {UNKNOWN}), "shared_patients": len(shared),
-                   "unknown_patients": query.patients.count(UNKNOWN)},
-        "seen_in_pretraining": leakage.overlap(settings.encoder, query),
-        "classes": bank.classes, "confusion": counts_CC.tolist(), "pictures": ["knn_neighbours.png"],
-        "seed": settings.seed,
-    }
-    folder.write_json(out / "knn.json", result)
-    return result
-
-
-def _figures(counts_CC: np.ndarray) -> dict[str, float]:
-    return {"accuracy": round(metrics.accuracy(counts_CC), 4),
-            "balanced_accuracy": round(metrics.balanced_accuracy(counts_CC), 4)}
+    return protocol.run(settings, judge, device, threads, progress, draw)
 
 
 def _sheet(bank: Split, query: Split, places_QK: Tensor, answer_Q: Tensor, out: Path, rows: int = 8) -> None:

@@ -1,0 +1,71 @@
+"""A linear probe: is what the classes differ in laid out so plainly that a straight cut finds it?
+
+Logistic regression on all features at once. How strongly it is held back is chosen on a part of the bank whose
+patients (where they are known, else slides) are in no other part; then it learns from the whole bank.
+
+Q queries   B bank   D width
+"""
+
+import warnings
+from typing import Any
+
+import numpy as np
+import torch
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import GroupShuffleSplit
+from sklearn.pipeline import Pipeline, make_pipeline
+from sklearn.preprocessing import StandardScaler
+from torch import Tensor
+
+from shards.index import ShardError
+from ssl_dist.config import Eval
+from ssl_dist.eval import protocol
+from ssl_dist.eval.features import Split
+from ssl_dist.eval.protocol import Progress, Verdict
+
+STRENGTHS = tuple(float(value) for value in np.logspace(-5, 1, 13))        # scikit-learn's C, on scaled features
+HELD_OUT = 0.2          # of the bank's patients, to choose by
+ITERATIONS = 300        # of L-BFGS; weak regularisation need not converge to guess as it would
+
+
+def run(settings: Eval, device: torch.device, threads: int, progress: Progress) -> dict[str, Any]:
+    """The protocol: features of both splits, a probe on the bank, and the same for each baseline."""
+    def judge(bank_BD: Tensor, bank: Split, query_QD: Tensor, query: Split) -> Verdict:      # noqa: ARG001
+        strength, chosen_by = choose(bank_BD.numpy(), bank.labels_S.numpy(), groups(bank), settings.seed)
+        probe = fitted(bank_BD.numpy(), bank.labels_S.numpy(), strength)
+        return Verdict(torch.from_numpy(probe.predict(query_QD.numpy())),
+                       {"C": strength, "accuracy_held_out": round(chosen_by, 4)})
+
+    return protocol.run(settings, judge, device, threads, progress)
+
+
+def groups(split: Split) -> np.ndarray:
+    """What must not be torn apart: the patient of each tile, or its slide where the patient is not known."""
+    slides = split.reader.column("slide", split.rows)
+    return np.array([patient or f"slide {slide}" for patient, slide in zip(split.patients, slides, strict=True)])
+
+
+def choose(bank_BD: np.ndarray, labels_B: np.ndarray, groups_B: np.ndarray, seed: int) -> tuple[float, float]:
+    """The strength that is best on the held-out part, and how good it is there; of equals the most held back."""
+    if len(np.unique(groups_B)) < 2:
+        raise ShardError("the bank is of one patient: no part of it can be held out to choose the probe by; take more")
+    parts = GroupShuffleSplit(8, test_size=HELD_OUT, random_state=seed).split(bank_BD, labels_B, groups_B)
+    # Of several drawings the first whose learning part knows every class.
+    learn, held = next(((some, other) for some, other in parts
+                        if len(np.unique(labels_B[some])) == len(np.unique(labels_B))), (None, None))
+    if learn is None:
+        raise ShardError("some class of the bank is of one patient only, so that the probe cannot be chosen without "
+                         "it; add patients of that class, or leave the class out")
+    found = [(float(fitted(bank_BD[learn], labels_B[learn], strength).score(bank_BD[held], labels_B[held])), strength)
+             for strength in STRENGTHS]
+    best = max(accuracy for accuracy, _ in found)
+    return next(strength for accuracy, strength in found if accuracy == best), best
+
+
+def fitted(bank_BD: np.ndarray, labels_B: np.ndarray, strength: float) -> Pipeline:
+    """The probe of one strength."""
+    probe = make_pipeline(StandardScaler(), LogisticRegression(C=strength, max_iter=ITERATIONS))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        return probe.fit(bank_BD, labels_B)

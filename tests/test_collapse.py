@@ -1,0 +1,53 @@
+"""Collapse is told, once, when it stays; a healthy run and a young one are left in peace."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from ssl_dist.collapse import PATIENCE, Watch
+from ssl_dist.methods import base
+
+HEALTHY = {"loss": 3.0, "deviation": 0.8, "rank": 20.0, "teacher_entropy": 0.4, "batch_entropy": 0.9,
+           "prototypes_used": 0.7}
+
+
+def heard(rows: list[dict[str, Any]], chance: float = math.inf, progress: float = 0.5) -> list[list[str]]:
+    watch = Watch()
+    return [watch(row, chance, progress) for row in rows]
+
+
+@pytest.mark.parametrize(("name", "value", "advice"), [
+    ("deviation", 0.001, "batch"), ("rank", 1.01, "views"), ("teacher_entropy", 1.0, "teacher_temperature"),
+    ("batch_entropy", 0.0, "teacher_temperature"), ("prototypes_used", 0.01, "epsilon")])
+def test_a_symptom_that_stays_is_told_once_with_what_to_try(name: str, value: float, advice: str) -> None:
+    told = heard([{**HEALTHY, name: value}] * (PATIENCE + 5))
+    assert [bool(each) for each in told] == [number == PATIENCE - 1 for number in range(PATIENCE + 5)]
+    (words,) = told[PATIENCE - 1]
+    assert name in words
+    assert advice in words.partition("try")[2]
+
+
+def test_a_healthy_run_a_passing_weakness_and_a_young_run_are_left_in_peace() -> None:
+    sick = {**HEALTHY, "rank": 1.0}
+    assert not any(heard([HEALTHY] * 50))
+    assert not any(heard([sick, sick, HEALTHY] * 20))
+    assert not any(heard([sick] * 50, progress=0.01))
+
+
+def test_a_loss_at_chance_is_told_and_one_below_is_not() -> None:
+    stuck, moving = {"loss": math.log(3000) * 1.0001}, {"loss": math.log(3000) * 0.99}
+    assert "8.0" in heard([stuck] * PATIENCE, math.log(3000))[-1][0]
+    assert not any(heard([moving] * 20, math.log(3000)))
+    assert not any(heard([stuck] * 20))
+
+
+def test_what_methods_log_of_collapsed_features_is_a_symptom_and_of_healthy_ones_is_not() -> None:
+    """The scalars of base.spread itself: constant features, features on a line, and random ones."""
+    noise = torch.randn(256, 64, generator=torch.Generator().manual_seed(0))
+    line = noise[:, :1] * torch.ones(1, 64) + 1e-3 * noise
+    for features, name in ((torch.ones(256, 64) + 1e-4 * noise, "deviation"), (line, "rank"), (noise, None)):
+        row = {"loss": 1.0, **{key: float(value) for key, value in base.spread(features).items()}}
+        told = heard([row] * PATIENCE)[-1]
+        assert [words.split()[1].partition("=")[0] for words in told] == ([name] if name else [])

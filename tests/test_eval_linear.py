@@ -1,0 +1,121 @@
+"""The linear probe against plain gradient descent; what it is chosen by; colours against a plain count; refusals."""
+
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from shards.index import ShardError
+from ssl_dist.config import Eval, EvalData
+from ssl_dist.eval import features, linear
+from ssl_dist.models.encoder import Encoder
+
+CLASSES, WIDTH = 3, 5
+
+
+def clouds(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Three overlapping clouds, in features of very different size."""
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, CLASSES, count)
+    centres = np.random.default_rng(7).normal(size=(CLASSES, WIDTH))
+    return (centres[labels] + rng.normal(size=(count, WIDTH))) * [1e-3, 1, 1, 50, 1e4], labels
+
+
+@pytest.mark.parametrize("strength", [1e-3, 0.1])
+def test_the_probe_is_logistic_regression_on_scaled_features(strength: float) -> None:
+    bank, known = clouds(200, 0)
+    query, _ = clouds(500, 1)
+    mean, deviation = bank.mean(axis=0), bank.std(axis=0)
+    layer = nn.Linear(WIDTH, CLASSES, dtype=torch.float64)
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    scaled, target = torch.from_numpy((bank - mean) / deviation), torch.from_numpy(known)
+    optimizer = torch.optim.Adam(layer.parameters(), lr=0.05)
+    for _ in range(1500):
+        loss = (strength * nn.functional.cross_entropy(layer(scaled), target, reduction="sum")
+                + layer.weight.square().sum() / 2)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    expected = layer(torch.from_numpy((query - mean) / deviation)).argmax(dim=1).numpy()
+    found = linear.fitted(bank, known, strength).predict(query)
+    assert (found == expected).mean() > 0.995       # what lies on the edge may fall either way
+
+
+def test_no_patient_is_on_both_sides_of_the_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    bank, known = clouds(240, 0)
+    groups = np.array([f"patient {number % 12}" for number in range(240)])
+    seen: list[np.ndarray] = []
+    plain = linear.fitted
+
+    def spying(some: np.ndarray, labels: np.ndarray, strength: float) -> object:
+        seen.append(some)
+        return plain(some, labels, strength)
+
+    monkeypatch.setattr(linear, "fitted", spying)
+    linear.choose(bank, known, groups, seed=0)
+    place = {row.tobytes(): group for row, group in zip(bank, groups, strict=True)}
+    learning = {place[row.tobytes()] for row in seen[0]}
+    assert len(seen) == len(linear.STRENGTHS)
+    assert 8 <= len(learning) <= 10
+    assert len(seen[0]) == 20 * len(learning), "some tiles of a patient are held out and others are not"
+
+
+def test_where_features_say_nothing_the_probe_is_held_back_and_where_they_say_all_it_is_right() -> None:
+    rng = np.random.default_rng(0)
+    groups = np.arange(400).astype(str)
+    labels = np.repeat([0, 1], 200)
+    strength, accuracy = linear.choose(rng.normal(size=(400, 200)), labels, groups, seed=0)
+    assert accuracy < 0.7
+    told = rng.normal(size=(400, 200))
+    told[:, 0] = 8.0 * labels
+    strength, accuracy = linear.choose(told, labels, groups, seed=0)
+    assert accuracy == 1.0
+    assert strength in linear.STRENGTHS
+
+
+def test_a_bank_that_cannot_be_parted_is_refused() -> None:
+    bank, known = clouds(60, 0)
+    with pytest.raises(ShardError, match="one patient"):
+        linear.choose(bank, known, np.zeros(60), seed=0)
+    alone = np.where(known == 2, "a", np.where(np.arange(60) % 2, "b", "c"))      # class 2 is of patient a alone
+    chosen = [linear.choose(bank, known, alone, seed) for seed in range(3)]        # a is held out in some drawings only
+    assert all(strength in linear.STRENGTHS for strength, _ in chosen)
+
+
+def test_colours_are_a_plain_count_of_levels(shard: Path) -> None:
+    split = features.labelled([shard], "test")
+    found = features.colours(split, batch=7, threads=2, progress=lambda *_: None).numpy()
+    for row in (0, len(split.rows) - 1):
+        picture = np.asarray(Image.open(io.BytesIO(split.reader.read(split.rows[[row]])[0].tobytes())).convert("RGB"))
+        expected = np.zeros((3, 32))
+        for line in picture:
+            for pixel in line:
+                for channel in range(3):
+                    expected[channel, pixel[channel] // 8] += 1
+        assert found[row] == pytest.approx(expected.ravel() / (picture.shape[0] * picture.shape[1]), abs=2e-3)
+        assert found[row].sum() == pytest.approx(3, abs=1e-4)
+
+
+def test_the_protocol_writes_what_it_chose_and_its_baselines(shard: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    Encoder("test_resnet", {}, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)).save(tmp_path / "encoder", 64, {})
+    settings = Eval(encoder=tmp_path / "encoder", data=EvalData([shard]), protocol="linear", out=tmp_path, size=64,
+                    batch=32, baselines=["random", "colours"])
+    result = linear.run(settings, torch.device("cpu"), 2, lambda *_: None)
+    assert json.loads((tmp_path / "linear.json").read_text()) == result
+    assert result["protocol"] == "linear"
+    assert result["C"] in linear.STRENGTHS
+    assert set(result["baselines"]) == {"random", "colours"}
+    assert all(0 < figures["accuracy"] <= 1 for figures in result["baselines"].values())
+    split, query = features.labelled([shard], "train"), features.labelled([shard], "test")
+    bank, asked = (features.colours(each, batch=64, threads=1, progress=lambda *_: None).numpy()
+                   for each in (split, query))
+    probe = linear.fitted(bank, split.labels_S.numpy(), result["baselines"]["colours"]["C"])
+    assert result["baselines"]["colours"]["accuracy"] == pytest.approx(
+        float((probe.predict(asked) == query.labels_S.numpy()).mean()), abs=1e-4)
