@@ -31,6 +31,8 @@ class Config:
 class Method(base.Method):
     """Encoder, three-layer projection with BatchNorm, cross-correlation over all ranks."""
 
+    WHOLE = "correlations"
+
     def __init__(self, config: Config, encoder: Encoder):
         super().__init__()
         self.encoder, self.config = encoder, config

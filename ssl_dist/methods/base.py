@@ -4,6 +4,7 @@ B tiles of one rank   N of all ranks   D width
 """
 
 import copy
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
@@ -21,6 +22,8 @@ class Method(nn.Module, ABC):
     encoder: nn.Module              # what evaluation loads
     views: tuple[View, ...]         # what the data path must cut
     INPUT = "tiles"                 # or "bags"
+    WHOLE = ""                      # what the loss takes from all tiles of a step, so that parts would change the loss
+    chance = math.inf               # the loss of one who knows nothing, where there is such a number
 
     @abstractmethod
     def forward(self, batch: Batch, progress: float) -> dict[str, Tensor]:
@@ -54,11 +57,21 @@ def teacher(student: nn.Module) -> nn.Module:
     """A copy that does not learn by gradients, and drops nothing."""
     copied = copy.deepcopy(student).requires_grad_(False)
     for module in copied.modules():
-        if hasattr(module, "drop_prob"):        # timm's stochastic depth
-            setattr(module, "drop_prob", 0.0)      # noqa: B010
-        elif isinstance(module, nn.Dropout):
-            module.p = 0.0
+        # torch's dropout, timm's stochastic depth and DropBlock, its dropped patches, and networks that call F.dropout.
+        # All else of training stays: a teacher's BatchNorm has statistics of its own.
+        for name in ("p", "drop_prob", "prob", "drop_rate", "attn_drop_p", "attn_drop_rate"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
     return copied
+
+
+def freeze(weight: nn.Parameter, frozen: bool) -> None:
+    """Whether a weight stays as it is for a while, for the optimizer too.
+
+    A missing gradient is not enough: DeepSpeed fills it with zeros, and then weight decay, momentum and Adam's count
+    of steps go on.
+    """
+    weight.requires_grad_(not frozen)
 
 
 @torch.no_grad()
@@ -107,21 +120,24 @@ class Queue(nn.Module):
         super().__init__()
         self.register_buffer("rows_KD", torch.zeros(length, width))
         self.register_buffer("_written", torch.zeros((), dtype=torch.long))     # in all its life
-        self._pending: list[Tensor] = []
+        self._taken: list[Tensor] = []
 
     def filled(self) -> Tensor:
         """The vectors that are there, in no order that means anything."""
         return self.rows_KD[:min(int(self._written), len(self.rows_KD))]
 
     def take(self, own_BD: Tensor) -> None:
-        """Keeps this rank's new vectors, and all ranks', until `push`."""
-        self._pending.append(dist.gather_with_gradient(own_BD.detach().to(self.rows_KD.dtype)))
+        """Keeps this rank's new vectors until `push`; once for every part of its batch."""
+        self._taken.append(own_BD.detach().to(self.rows_KD.dtype))
 
     @torch.no_grad()
     def push(self) -> None:
-        """Writes what was taken over the oldest vectors; once an optimizer step."""
-        while self._pending:
-            new_ND = self._pending.pop(0)[-len(self.rows_KD):]
-            places = (int(self._written) + torch.arange(len(new_ND), device=new_ND.device)) % len(self.rows_KD)
-            self.rows_KD[places] = new_ND
-            self._written += len(new_ND)
+        """Writes what all ranks took over the oldest vectors; once an optimizer step."""
+        if not self._taken:
+            return
+        # A rank's parts first, then the ranks: the order of the whole batch, however it was shared out.
+        new_ND = dist.gather_with_gradient(torch.cat(self._taken))[-len(self.rows_KD):]
+        self._taken.clear()
+        places = (int(self._written) + torch.arange(len(new_ND), device=new_ND.device)) % len(self.rows_KD)
+        self.rows_KD[places] = new_ND
+        self._written += len(new_ND)

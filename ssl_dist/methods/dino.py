@@ -55,7 +55,8 @@ class Method(base.Method):
         self.register_buffer("centre_K", torch.zeros(config.classes))
         self.views = each(config.views)
         self.large = base.large(self.views)
-        self._said: list[Tensor] = []
+        self._said: list[Tensor] = []       # of every part of a batch, summed over so many rows
+        self._rows = 0
 
     @property
     def encoder(self) -> nn.Module:     # type: ignore[override]
@@ -64,15 +65,17 @@ class Method(base.Method):
 
     def forward(self, batch: Batch, progress: float) -> dict[str, Tensor]:
         """The loss, and the entropies that show a collapse: to one answer (0), or to none (ln K)."""
+        base.freeze(cast(DinoHead, self.student["head"]).last, progress < self.config.frozen)
         features = base.by_size(self.student["encoder"], batch.views)
-        student = self.student["head"](features, learn=progress >= self.config.frozen).chunk(len(batch.views))
+        student = self.student["head"](features).chunk(len(batch.views))
         with torch.no_grad():
             teacher_NK = self.teacher["head"](base.by_size(self.encoder, batch.views[:self.large]))
         teacher = teacher_NK.chunk(self.large)
         temperature = self.temperature(progress)
         loss = losses.dino(student, teacher, self.centre_K, self.config.student_temperature, temperature)
         with torch.no_grad():
-            self._said.append(dist.average(losses.wide(teacher_NK).mean(dim=0)))
+            self._said.append(losses.wide(teacher_NK).sum(dim=0))
+            self._rows += len(teacher_NK)
             said = torch.softmax((losses.wide(teacher_NK) - self.centre_K) / temperature, dim=1)
             each_one = -(said * said.clamp_min(1e-12).log()).sum(dim=1).mean()
             together = said.mean(dim=0)
@@ -91,5 +94,7 @@ class Method(base.Method):
         base.follow(self.teacher, self.student, schedule.cosine(progress, *self.config.momentum))
         if self._said:
             momentum = self.config.centre_momentum
-            self.centre_K.mul_(momentum).add_(torch.stack(self._said).mean(dim=0), alpha=1 - momentum)
+            mean_K = dist.average(torch.stack(self._said).sum(dim=0) / self._rows)
+            self.centre_K.mul_(momentum).add_(mean_K, alpha=1 - momentum)
             self._said.clear()
+            self._rows = 0

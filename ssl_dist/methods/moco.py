@@ -47,11 +47,11 @@ class Method(base.Method):
         """The loss, and how close a query is to its key (1 is the same direction)."""
         query_BD = self.projector(self.encoder(batch.views[0]))
         with torch.no_grad():
-            key_BD = F.normalize(self._keys(batch).float(), dim=1)
+            key_BD = F.normalize(losses.wide(self._keys(batch)), dim=1)
         loss = losses.info_nce(query_BD, key_BD, self.queue.filled(), self.config.temperature)
         self.queue.take(key_BD)
         with torch.no_grad():
-            closeness = F.cosine_similarity(query_BD.float(), key_BD).mean()
+            closeness = F.cosine_similarity(losses.wide(query_BD), key_BD).mean()
         return {"loss": loss, "positive_similarity": closeness, **base.spread(query_BD)}
 
     def _keys(self, batch: Batch) -> Tensor:
@@ -61,8 +61,9 @@ class Method(base.Method):
             return self.keys(batch.views[1])
         share, rank = len(batch.views[1]), dist.rank()
         all_N = dist.gather_with_gradient(batch.views[1])
-        words = torch.Generator().manual_seed(int(batch.positions[0]) - rank * share)      # the same on every rank
-        order = torch.randperm(len(all_N), generator=words).to(all_N.device)
+        # By the place of rank 0's tiles: the same on every rank, and when the step is done again after a restart.
+        first = dist.gather_with_gradient(torch.as_tensor(batch.positions[:1], device=all_N.device))[0]
+        order = torch.randperm(len(all_N), generator=torch.Generator().manual_seed(int(first))).to(all_N.device)
         shuffled = self.keys(all_N[order[rank * share:(rank + 1) * share]])
         back = order.argsort()[rank * share:(rank + 1) * share]
         return dist.gather_with_gradient(shuffled)[back]

@@ -33,6 +33,8 @@ class Config:
 class Method(base.Method):
     """Encoder, two-layer projection, NT-Xent over all ranks."""
 
+    WHOLE = "negatives"
+
     def __init__(self, config: Config, encoder: Encoder):
         super().__init__()
         self.encoder, self.temperature = encoder, config.temperature

@@ -40,6 +40,8 @@ class Config:
 class Method(base.Method):
     """Encoder, projection with BatchNorm, prototypes; a queue of embeddings for each large view."""
 
+    WHOLE = "assignments"
+
     def __init__(self, config: Config, encoder: Encoder):
         super().__init__()
         self.encoder, self.config = encoder, config
@@ -52,13 +54,15 @@ class Method(base.Method):
 
     def forward(self, batch: Batch, progress: float) -> dict[str, Tensor]:
         """The loss, and of all prototypes how many have a tile."""
+        base.freeze(self.prototypes.weight, progress < self.config.frozen)
         embedded = F.normalize(self.projector(base.by_size(self.encoder, batch.views)), dim=1)
-        scores = self.prototypes(embedded, learn=progress >= self.config.frozen).chunk(len(batch.views))
+        scores = self.prototypes(embedded).chunk(len(batch.views))
         embeddings = embedded.detach().chunk(len(batch.views))
         assignments = []
         for number in range(self.large):
             earlier_QD = self._earlier(number, progress)
-            both = torch.cat([self.prototypes(earlier_QD).detach(), scores[number].detach()])
+            with torch.no_grad():
+                both = torch.cat([self.prototypes(earlier_QD), scores[number]])
             assigned = losses.sinkhorn(both, self.config.epsilon, self.config.iterations)
             assignments.append(assigned[len(earlier_QD):])
             if self.config.queue:
@@ -77,8 +81,9 @@ class Method(base.Method):
     def _queues(self) -> list[base.Queue]:
         return cast(list[base.Queue], list(self.queues))
 
-    def after_step(self, progress: float) -> None:      # noqa: ARG002
+    def after_step(self, progress: float) -> None:
         """Prototypes return to unit length, and the new embeddings take the places of the oldest."""
-        self.prototypes.normalise()
+        if progress >= self.config.frozen:      # to do it again would move them by a rounding
+            self.prototypes.normalise()
         for queue in self._queues():
             queue.push()

@@ -1,6 +1,6 @@
-"""BatchNorm over all ranks, on any device (torch's own refuses CPU tensors).
+"""BatchNorm over all ranks or groups of them, on any device (torch's own refuses CPU tensors).
 
-N samples of this rank   C channels   W ranks
+N samples of this rank   C channels   W ranks that share their statistics
 """
 
 from typing import Any
@@ -17,14 +17,15 @@ class _Normalise(torch.autograd.Function):
     """torch's own fused kernels, given the statistics of all ranks instead of computing their own.
 
     As everywhere here, each rank holds the loss of the whole batch and gradients are averaged over ranks afterwards: so
-    what an input changes through the shared statistics is the sum over ranks, and weight and bias keep their own share.
+    what an input changes through the shared statistics is the sum over the ranks that share them, and weight and bias
+    keep their own part.
     """
 
     @staticmethod
     def forward(ctx: Any, input: Tensor, weight_C: Tensor | None, bias_C: Tensor | None, mean_C: Tensor,
-                variance_C: Tensor, eps: float) -> Tensor:
+                variance_C: Tensor, eps: float, ranks: int) -> Tensor:
         ctx.save_for_backward(input, weight_C, mean_C, variance_C)
-        ctx.eps = eps
+        ctx.eps, ctx.ranks = eps, ranks
         return F.batch_norm(input, mean_C, variance_C, weight_C, bias_C, training=False, eps=eps)
 
     @staticmethod
@@ -36,17 +37,22 @@ class _Normalise(torch.autograd.Function):
             gradient.contiguous(memory_format=_format(input)), input,
             torch.ones_like(mean_C) if weight_C is None else weight_C, mean_C, variance_C, mean_C, scale_C, False,
             ctx.eps, [True, True, True])
-        dw_C, db_C = dw_C.float(), db_C.float()
+        dw_C, db_C = _wide(dw_C), _wide(db_C)
         total_2C = torch.stack([dw_C, db_C])
-        c10d.all_reduce(total_2C)
-        count = input.numel() / input.shape[1] * dist.world()
+        c10d.all_reduce(total_2C, group=dist.neighbours(ctx.ranks))
+        count = input.numel() / input.shape[1] * ctx.ranks
         # Through the statistics: - w/σ (Σ dy + x̂ Σ dy x̂) / count, a straight line in x for each channel.
-        factor_C = (scale_C if weight_C is None else weight_C.float() * scale_C) / count
+        factor_C = (scale_C if weight_C is None else _wide(weight_C) * scale_C) / count
         slope_C = factor_C * scale_C * total_2C[0]
         level_C = factor_C * total_2C[1] - slope_C * mean_C
         shape = [1, -1] + [1] * (input.ndim - 2)
         dx = constant.sub_(level_C.view(shape)).addcmul_(input, slope_C.view(shape).to(input.dtype), value=-1)
-        return dx, None if weight_C is None else dw_C, None if weight_C is None else db_C, None, None, None
+        return dx, None if weight_C is None else dw_C, None if weight_C is None else db_C, None, None, None, None
+
+
+def _wide(values: Tensor) -> Tensor:
+    """At least float32."""
+    return values if values.dtype == torch.float64 else values.float()
 
 
 def _format(tensor: Tensor) -> torch.memory_format:
@@ -55,7 +61,10 @@ def _format(tensor: Tensor) -> torch.memory_format:
 
 
 class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
-    """Normalises with the mean and variance of the global batch; alone it is torch's BatchNorm."""
+    """Normalises with the mean and variance of the global batch, or of what `ranks` neighbours have of it; alone it is
+    torch's BatchNorm."""
+
+    ranks = 0           # all
 
     def _check_input_dim(self, input: Tensor) -> None:
         if input.ndim < 2:
@@ -63,21 +72,24 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
 
     def forward(self, input: Tensor) -> Tensor:
         """(N, C, ...) -> the same shape."""
-        if not self.training or dist.world() == 1:
-            return super().forward(input)
+        ranks = self.ranks or dist.world()
+        return self._together(input, ranks) if self.training and ranks > 1 else super().forward(input)
+
+    @torch.compiler.disable     # it would have to trace through what ranks tell each other
+    def _together(self, input: Tensor, ranks: int) -> Tensor:
         with torch.no_grad():
             # The kernel behind torch's own BatchNorm; var_mean was measured thirty times slower on channels_last.
-            own_2C = torch.stack(torch.batch_norm_update_stats(input, None, None, 0.0)).float()
-            parts_W2C = [torch.empty_like(own_2C) for _ in range(dist.world())]
-            c10d.all_gather(parts_W2C, own_2C)
+            own_2C = _wide(torch.stack(torch.batch_norm_update_stats(input, None, None, 0.0)))
+            parts_W2C = [torch.empty_like(own_2C) for _ in range(ranks)]
+            c10d.all_gather(parts_W2C, own_2C, group=dist.neighbours(ranks))
             means_WC, variances_WC = torch.stack(parts_W2C).unbind(1)
             # Ranks hold equal shares. Variance within them, and between their means: no squares that would cancel.
             mean_C = means_WC.mean(0)
             variance_C = variances_WC.mean(0) + (means_WC - mean_C).square().mean(0)
-            count = input.numel() / input.shape[1] * dist.world()
+            count = input.numel() / input.shape[1] * ranks
             if self.track_running_stats:
                 self._remember(mean_C, variance_C * (count / (count - 1)))
-        return _Normalise.apply(input, self.weight, self.bias, mean_C, variance_C, self.eps)
+        return _Normalise.apply(input, self.weight, self.bias, mean_C, variance_C, self.eps, ranks)
 
     def _remember(self, mean_C: Tensor, unbiased_C: Tensor) -> None:
         assert self.running_mean is not None and self.running_var is not None, "buffers go with track_running_stats"
@@ -100,27 +112,34 @@ class SyncBatchNormAct(SyncBatchNorm):
         return self.act(self.drop(super().forward(input)))
 
 
-def synchronise(module: nn.Module) -> nn.Module:
-    """The module with every BatchNorm inside synchronised; parameters, buffers and their names stay."""
+def synchronise(module: nn.Module, ranks: int = 0) -> nn.Module:
+    """The module with every BatchNorm inside synchronised over so many neighbours (0: all ranks); parameters, buffers
+    and their names stay."""
     if isinstance(module, nn.modules.batchnorm._BatchNorm):
-        return module if isinstance(module, SyncBatchNorm) else _synchronised(module)
+        return module if isinstance(module, SyncBatchNorm) else _synchronised(module, ranks)
     for name, child in module.named_children():
-        setattr(module, name, synchronise(child))
+        setattr(module, name, synchronise(child, ranks))
     return module
 
 
 def has_local(module: nn.Module) -> bool:
-    """Whether any BatchNorm in it sees one rank's samples alone."""
-    return any(isinstance(each, nn.modules.batchnorm._BatchNorm) and not isinstance(each, SyncBatchNorm)
+    """Whether any BatchNorm in it sees the samples of some ranks alone."""
+    return any(isinstance(each, nn.modules.batchnorm._BatchNorm)
+               and not (isinstance(each, SyncBatchNorm) and each.ranks in (0, dist.world()))
                for each in module.modules())
 
 
-def _synchronised(old: nn.modules.batchnorm._BatchNorm) -> SyncBatchNorm:
+def has_any(module: nn.Module) -> bool:
+    """Whether there is any BatchNorm in it."""
+    return any(isinstance(each, nn.modules.batchnorm._BatchNorm) for each in module.modules())
+
+
+def _synchronised(old: nn.modules.batchnorm._BatchNorm, ranks: int) -> SyncBatchNorm:
     activated = hasattr(old, "act") and hasattr(old, "drop")
     kind = SyncBatchNormAct if activated else SyncBatchNorm
     new = kind(old.num_features, eps=old.eps, momentum=old.momentum, affine=old.affine,
                track_running_stats=old.track_running_stats)
-    new._parameters, new._buffers = old._parameters, old._buffers
+    new._parameters, new._buffers, new.ranks = old._parameters, old._buffers, ranks
     if activated:
         new.drop, new.act = old.drop, old.act
     return new.train(old.training)

@@ -46,8 +46,19 @@ class Encoder(nn.Module):
     def forward(self, pixels_BHW3: Tensor) -> Tensor:
         """uint8 (B, H, W, 3) -> (B, D)."""
         # A permuted view of HWC is channels_last already: no copy but the one that changes the type.
-        pixels_B3HW = pixels_BHW3.permute(0, 3, 1, 2).float()
+        pixels_B3HW = pixels_BHW3.permute(0, 3, 1, 2).to(self._mean_C.dtype)
         return self.network((pixels_B3HW - self._mean_C) / self._std_C)
+
+    def checkpoint(self) -> None:
+        """From now on activations are computed a second time for the backward pass instead of being kept."""
+        if any(isinstance(each, nn.modules.batchnorm._BatchNorm) for each in self.modules()):
+            raise EncoderError("encoder.checkpointing=true would show every batch twice to the BatchNorms of "
+                               f"{self.name}; use encoder.checkpointing=false, and for memory precision=bf16")
+        try:
+            cast(Any, self.network).set_grad_checkpointing(True)
+        except (AttributeError, AssertionError, RuntimeError):
+            raise EncoderError(f"timm cannot compute activations of {self.name} twice; use "
+                               "encoder.checkpointing=false") from None
 
     def save(self, folder: Path, size: int | None, about: dict[str, Any]) -> None:
         """Writes config.json and model.safetensors as timm loads them; `about` goes into it under `ssl_dist`.

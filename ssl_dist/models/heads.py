@@ -29,9 +29,9 @@ class Prototypes(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(F.normalize(torch.randn(count, width), dim=1))
 
-    def forward(self, samples_BD: Tensor, *, learn: bool = True) -> Tensor:
-        """Scores (B, K); without `learn` the prototypes stay where they are."""
-        return F.linear(samples_BD, self.weight if learn else self.weight.detach())
+    def forward(self, samples_BD: Tensor) -> Tensor:
+        """Scores (B, K)."""
+        return F.linear(samples_BD, self.weight)
 
     @torch.no_grad()
     def normalise(self) -> None:
@@ -53,7 +53,6 @@ class DinoHead(nn.Module):
         self.last = nn.Parameter(torch.empty(classes, narrow))
         nn.init.kaiming_uniform_(self.last, a=5**0.5)       # as nn.Linear begins
 
-    def forward(self, features_BD: Tensor, *, learn: bool = True) -> Tensor:
-        """Scores (B, K); without `learn` the last layer stays where it is."""
-        directions = F.normalize(self.last if learn else self.last.detach(), dim=1)
-        return F.linear(F.normalize(self.layers(features_BD), dim=1), directions)
+    def forward(self, features_BD: Tensor) -> Tensor:
+        """Scores (B, K): cosines."""
+        return F.linear(F.normalize(self.layers(features_BD), dim=1), F.normalize(self.last, dim=1))
