@@ -35,20 +35,24 @@ def shards(folder: Path) -> Path:
     return folder / "pcam"
 
 
-def learn(method: str, seed: int, tiles: Path, folder: Path) -> dict[str, Any]:
-    """Trains one method with one seed, and asks what it is worth."""
+def learn(method: str, seed: int, tiles: Path, folder: Path, known: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Trains one method with one seed, and asks what it is worth. `known`: baselines by network, seed and protocol,
+    for methods on one network begin with the same weights."""
     run = folder / f"{method}-{seed}"
     before, load = time.monotonic(), os.getloadavg()
     ssl_dist("train", f"pretrain/{RECIPES[method]}", f"run={run}", f"data.shards=[{tiles}]", f"seed={seed}",
              "device=cpu", "log.pictures=0")
     seconds = time.monotonic() - before
-    found = {}
-    for protocol in ("knn", "linear"):
-        ssl_dist("eval", f"eval/{protocol}", f"encoder={run / 'encoder'}", f"data.shards=[{tiles}]", "data.query=valid",
-                 f"seed={seed}", f"size={SIZE}", "baselines=[random,colours]", "device=cpu")
-        found[protocol] = json.loads((run / "eval" / f"{protocol}.json").read_text())
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     settings = yaml.safe_load((run / "config.yaml").read_text())
+    found = {}
+    for protocol in ("knn", "linear"):
+        network = json.dumps([settings["encoder"], seed, protocol])
+        baselines = "[]" if network in known else "[random,colours]"
+        ssl_dist("eval", f"eval/{protocol}", f"encoder={run / 'encoder'}", f"data.shards=[{tiles}]", "data.query=valid",
+                 f"seed={seed}", f"size={SIZE}", f"baselines={baselines}", "device=cpu")
+        found[protocol] = json.loads((run / "eval" / f"{protocol}.json").read_text())
+        found[protocol]["baselines"] = known.setdefault(network, found[protocol]["baselines"])
     kept = rows[::max(1, len(rows) // POINTS)]
     return {"method": method, "recipe": RECIPES[method], "seed": seed, "seconds": round(seconds, 1),
             "load_while": [*load, *os.getloadavg()], "tiles_seen": rows[-1]["samples"], "config": settings,
@@ -108,10 +112,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = asked.keep or Path(scratch)
         folder.mkdir(parents=True, exist_ok=True)
-        tiles = shards(folder)
+        tiles, known = shards(folder), {}
         for seed in asked.seeds:
             for method in asked.methods:
-                result = {**measure.machine("scikit-learn"), **learn(method, seed, tiles, folder)}
+                result = {**measure.machine("scikit-learn"), **learn(method, seed, tiles, folder, known)}
                 stamp = f"{datetime.now(UTC):%Y%m%dT%H%M%S}"
                 path = measure.RESULTS / f"learn_{method}-{seed}_{stamp}.json"
                 path.write_text(json.dumps(result, indent=1) + "\n")

@@ -54,7 +54,7 @@ class Method(base.Method):
         self.teacher = cast(nn.ModuleDict, base.teacher(self.student))
         self.register_buffer("centre_K", torch.zeros(config.classes))
         self.views = each(config.views)
-        self.large = base.large(self.views)
+        self.large, self.chance = base.large(self.views), math.log(config.classes)
         self._said: list[Tensor] = []       # of every part of a batch, summed over so many rows
         self._rows = 0
 

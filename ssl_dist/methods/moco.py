@@ -3,6 +3,7 @@
 B tiles of one rank   D width of the projection   K keys in the queue
 """
 
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -48,7 +49,9 @@ class Method(base.Method):
         query_BD = self.projector(self.encoder(batch.views[0]))
         with torch.no_grad():
             key_BD = F.normalize(losses.wide(self._keys(batch)), dim=1)
-        loss = losses.info_nce(query_BD, key_BD, self.queue.filled(), self.config.temperature)
+        queue_KD = self.queue.filled()
+        self.chance = math.log(1 + len(queue_KD))
+        loss = losses.info_nce(query_BD, key_BD, queue_KD, self.config.temperature)
         self.queue.take(key_BD)
         with torch.no_grad():
             closeness = F.cosine_similarity(losses.wide(query_BD), key_BD).mean()

@@ -3,12 +3,14 @@
 B tiles of one rank   D width of the projection
 """
 
+import math
 from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ssl_dist import dist
 from ssl_dist.data import presets
 from ssl_dist.data.batch import Batch, View, each
 from ssl_dist.methods import base
@@ -45,6 +47,7 @@ class Method(base.Method):
         """The loss, and how close the two views of a tile are (1 is the same direction)."""
         # One pass over both views: BatchNorm then sees them as one batch, and the GPU one large one.
         a_BD, b_BD = self.projector(self.encoder(torch.cat(batch.views))).chunk(2)
+        self.chance = math.log(2 * len(a_BD) * dist.world() - 1)
         with torch.no_grad():
             closeness = F.cosine_similarity(a_BD.float(), b_BD.float()).mean()
         return {"loss": nt_xent(a_BD, b_BD, self.temperature), "positive_similarity": closeness, **base.spread(a_BD)}

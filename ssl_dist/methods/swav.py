@@ -3,6 +3,7 @@
 B tiles of one rank   D width of the projection   K prototypes   V views, the first L of them large
 """
 
+import math
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -48,12 +49,12 @@ class Method(base.Method):
         self.projector = projector([encoder.width, config.hidden, config.width], norm=True, bias=True)
         self.prototypes = Prototypes(config.width, config.prototypes)
         self.views = each(config.views)
-        self.large = base.large(self.views)
+        self.large, self.chance = base.large(self.views), math.log(config.prototypes)
         self.queues = nn.ModuleList(base.Queue(config.queue, config.width) for _ in range(self.large)
                                     if config.queue)
 
     def forward(self, batch: Batch, progress: float) -> dict[str, Tensor]:
-        """The loss, and of all prototypes how many have a tile."""
+        """The loss, and of the prototypes that could be some tile's first choice, how many are."""
         base.freeze(self.prototypes.weight, progress < self.config.frozen)
         embedded = F.normalize(self.projector(base.by_size(self.encoder, batch.views)), dim=1)
         scores = self.prototypes(embedded).chunk(len(batch.views))
@@ -67,9 +68,10 @@ class Method(base.Method):
             assignments.append(assigned[len(earlier_QD):])
             if self.config.queue:
                 self._queues()[number].take(embeddings[number])
-        used = dist.gather_with_gradient(assignments[0].argmax(dim=1)).unique().numel()
+        chosen_N = dist.gather_with_gradient(assignments[0].argmax(dim=1))
+        used = chosen_N.unique().numel() / min(len(chosen_N), self.config.prototypes)
         return {"loss": losses.swav(scores, assignments, self.config.temperature),
-                "prototypes_used": torch.tensor(used / self.config.prototypes, device=embedded.device),
+                "prototypes_used": torch.tensor(used, device=embedded.device),
                 **base.spread(embeddings[0])}
 
     def _earlier(self, number: int, progress: float) -> Tensor:

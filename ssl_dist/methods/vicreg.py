@@ -28,7 +28,7 @@ class Config:
     width: int = field(default=8192, metadata={"range": (2, 10**5), "help": "of the projection"})
     invariance: float = field(default=25.0, metadata={"range": (0, 1e4), "help": "weight of views being alike"})
     variance: float = field(default=25.0, metadata={"range": (0, 1e4), "help": "weight of every feature varying"})
-    covariance: float = field(default=1.0, metadata={"range": (0, 1e4), "help": "weight of no feature repeating others"})
+    covariance: float = field(default=1.0, metadata={"range": (0, 1e4), "help": "weight of features being different"})
     views: tuple[View, ...] = presets.asked("barlow")
 
     def rules(self) -> list[str]:
