@@ -39,12 +39,13 @@ def save(root: Path, step: int, engine: Engine, state: dict[str, Any], keep: int
         folder.make(draft)
 
     dist.once(prepare)
+    moments = engine.moments()          # of all ranks: each may have a part of them
     files, failure = [], None
     try:
         content = {f"rank-{dist.rank():05d}.safetensors": _bytes(engine.buffers())}
         if dist.rank() == 0:
             content |= {"weights.safetensors": _bytes(engine.weights()),
-                        "optimizer.safetensors": _bytes(engine.moments()),
+                        "optimizer.safetensors": _bytes(moments),
                         "state.json": json.dumps({**state, "step": step, "world": dist.world()}, indent=2).encode()}
         for file, data in content.items():
             folder.write(draft / file, data)

@@ -15,6 +15,11 @@ from ssl_dist.schema import ConfigError
 
 LR_TILES = 256          # what learning rates that scale are written for, as most papers do
 
+# Of the stages of ZeRO: at 1 our buckets average the gradients, so it has none; at 2 it does. The norm is ours.
+ZERO: dict[int, dict[str, Any]] = {
+    0: {}, 1: {"contiguous_gradients": False, "overlap_comm": False, "compute_grad_norm": False},
+    2: {"contiguous_gradients": True, "overlap_comm": False, "compute_grad_norm": False, "reduce_bucket_size": 2**23}}
+
 # What tiles can be chosen by.
 COLUMNS = ("dataset", "slide", "patient", "label", "stain", "organ", "mpp")
 
@@ -79,6 +84,16 @@ class Encoder:
     mean: tuple[float, float, float] = field(default=(0.5, 0.5, 0.5), metadata={"range": (0, 1)})
     std: tuple[float, float, float] = field(default=(0.5, 0.5, 0.5), metadata={"range": (0.01, 1)})
     batchnorm: str = field(default="synchronised", metadata={"choices": ("synchronised", "local")})
+    batchnorm_ranks: int = field(default=0, metadata={"range": (0, 10**6), "help": "so many ranks, one after "
+                                                      "the other, share the statistics of a BatchNorm; 0: all"})
+    checkpointing: bool = field(default=False, metadata={"help": "compute activations a second time instead of keeping "
+                                                         "them: for large networks without BatchNorm"})
+
+    def rules(self) -> list[str]:
+        """What cannot be said of one value alone."""
+        return ["batchnorm=local leaves each rank its own statistics, so batchnorm_ranks="
+                f"{self.batchnorm_ranks} says nothing; leave one of them out"] \
+            if self.batchnorm == "local" and self.batchnorm_ranks else []
 
 
 @dataclass
@@ -142,6 +157,11 @@ class Train:
     seed: int = field(default=0, metadata={"range": (0, 2**63 - 1)})
     device: str = field(default="auto", metadata={"choices": ("auto", "cpu", "cuda")})
     precision: str = field(default="fp32", metadata={"choices": ("fp32", "bf16")})
+    accumulate: int = field(default=1, metadata={"range": (1, 10**5), "help": "parts of a rank's tiles that go forward "
+                                                 "and backward one after the other, before one step"})
+    zero: int = field(default=0, metadata={"range": (0, 2), "help": "what ranks share out instead of each keeping all: "
+                                           "1: the optimizer's state, 2: and the gradients"})
+    compile: bool = field(default=False, metadata={"help": "the encoder by torch.compile, once for each size of view"})
     encoder: Encoder = field(default_factory=Encoder)
     optim: Optim = field(default_factory=Optim)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
@@ -162,6 +182,9 @@ class Train:
                           "the run is; set all but one to 0")
         elif not lengths:
             broken.append("steps is not set, nor epochs, nor samples: say how long the run is")
+        if self.zero and self.optim.name == "lars":
+            broken.append(f"zero={self.zero} and optim.name=lars do not go together: ZeRO cuts the weights into flat "
+                          "parts, and LARS needs the norm of every layer; use zero=0")
         return broken
 
 
@@ -212,6 +235,11 @@ def load_train(name: str, overrides: list[str]) -> Train:
         if view.fitted and not train.data.stain:
             raise ConfigError([f"method.views[{number}].{view.fitted}={getattr(view, view.fitted)!r} needs data.stain, "
                                "the file of stains and colours that `ssl-dist stain-fit FOLDER` writes"])
+    whole = importlib.import_module(f"ssl_dist.methods.{train.method['name']}").Method.WHOLE
+    if whole and train.accumulate > 1:
+        raise ConfigError([f"accumulate={train.accumulate}: {train.method['name']} takes its {whole} from all tiles of "
+                           "a step, so parts of it would be another loss; use accumulate=1, and for memory "
+                           "precision=bf16, encoder.checkpointing=true or more ranks"])
     return replace(train, method={"name": train.method["name"], **schema.plain(own)})
 
 
@@ -268,25 +296,33 @@ def lr_scale(train: Train) -> float:
 
 
 def rank_batch(train: Train, world: int) -> int:
-    """The tiles of a step that one rank takes."""
-    if train.data.batch % world:
-        near = [world * (train.data.batch // world + more) for more in (0, 1)]
-        raise ConfigError([f"data.batch={train.data.batch} cannot be shared evenly by {world} ranks; "
+    """The tiles of a step that one rank takes, all its parts together; refuses what so many ranks cannot share."""
+    if world % (train.encoder.batchnorm_ranks or 1):
+        fitting = ", ".join(str(count) for count in range(1, world + 1) if world % count == 0)
+        raise ConfigError([f"encoder.batchnorm_ranks={train.encoder.batchnorm_ranks} does not divide {world} ranks "
+                           f"into groups of one size; use {fitting} (0: all)"])
+    parts = world * train.accumulate
+    if train.data.batch % parts:
+        near = [parts * (train.data.batch // parts + more) for more in (0, 1)]
+        among = f"{world} ranks" + (f" in {train.accumulate} parts each (accumulate)" if train.accumulate > 1 else "")
+        raise ConfigError([f"data.batch={train.data.batch} cannot be shared evenly by {among}; "
                            f"use data.batch={near[0] or near[1]} or {near[1]}, or another number of ranks"])
     return train.data.batch // world
 
 
 def deepspeed(train: Train, world: int) -> dict[str, Any]:
     """DeepSpeed's own configuration. Every key that touches a number is named: a default of 1.0 clips in silence."""
+    stage = train.zero if world > 1 else 0          # alone there is nobody to share with, and ZeRO only costs
     return {
         "train_batch_size": train.data.batch,
-        "train_micro_batch_size_per_gpu": rank_batch(train, world),
-        "gradient_accumulation_steps": 1,
+        "train_micro_batch_size_per_gpu": rank_batch(train, world) // train.accumulate,
+        "gradient_accumulation_steps": train.accumulate,
         "gradient_clipping": train.optim.clip,
-        "zero_optimization": {"stage": 0},
+        "zero_optimization": {"stage": stage, **ZERO[stage]},
         "zero_allow_untested_optimizer": True,
         # bf16.enabled would cast parameters and leave BatchNorm's buffers behind; autocast keeps fp32 masters.
         "torch_autocast": {"enabled": train.precision == "bf16", "dtype": "bfloat16"},
+        "timers": {"throughput": {"enabled": False}},       # it waits for the GPU twice a step
         "steps_per_print": 2**31 - 1,           # we log ourselves
         "wall_clock_breakdown": False,
     }

@@ -19,21 +19,43 @@ class NoDevice(RuntimeError):
     exit_code = 2
 
 
-def start(device: torch.device, minutes: float = 10) -> None:
+PATIENCE = timedelta(minutes=10)        # with a rank that does not answer
+
+
+def start(device: torch.device) -> None:
     """Joins the ranks that torchrun or SLURM started, or makes a group of one that needs no port."""
-    backend, patience = "nccl" if device.type == "cuda" else "gloo", timedelta(minutes=minutes)
+    backend = "nccl" if device.type == "cuda" else "gloo"
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if "RANK" in os.environ and "MASTER_ADDR" in os.environ:
-        c10d.init_process_group(backend, timeout=patience)
+        c10d.init_process_group(backend, timeout=PATIENCE)
     else:
         # DeepSpeed looks for these even in a group of one.
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
-        c10d.init_process_group(backend, store=c10d.HashStore(), rank=0, world_size=1, timeout=patience)
+        c10d.init_process_group(backend, store=c10d.HashStore(), rank=0, world_size=1, timeout=PATIENCE)
+
+
+def new_group(ranks: list[int] | None = None) -> Any:
+    """Lines of their own between some ranks, or all: what goes over them waits for nothing else. All ranks ask."""
+    return c10d.new_group(ranks, timeout=PATIENCE)
+
+
+def neighbours(count: int) -> c10d.ProcessGroup | None:
+    """The group of `count` ranks, one after the other, that this rank is in; None is all. All ranks ask."""
+    if count == world():
+        return None
+    if count not in _neighbours:
+        groups = [new_group(list(range(first, first + count))) for first in range(0, world(), count)]
+        _neighbours[count] = groups[rank() // count]
+    return _neighbours[count]
+
+
+_neighbours: dict[int, c10d.ProcessGroup] = {}
 
 
 def stop() -> None:
     """Leaves the group; without it a gloo process may end in an abort."""
+    _neighbours.clear()
     if c10d.is_initialized():
         c10d.destroy_process_group()
 

@@ -31,7 +31,7 @@ from ssl_dist.data.stream import Stream
 from ssl_dist.engine import Engine
 from ssl_dist.log import Clock, Ledger, Log
 from ssl_dist.methods.base import Method
-from ssl_dist.models.batchnorm import synchronise
+from ssl_dist.models.batchnorm import has_any, synchronise
 from ssl_dist.models.encoder import Encoder
 
 PREEMPTED = 4
@@ -79,8 +79,9 @@ def _train(settings: Train, path: Path, run: runs.Run, device: torch.device, rea
     threads = settings.data.threads or threads
     stream = _stream(settings, reader)
     method = build(settings).to(device)
+    if settings.compile:
+        _compile(method)
     engine = Engine(method, optim.build(method, settings.optim), config.deepspeed(settings, dist.world()), device)
-    method.to(memory_format=torch.channels_last)        # not before: DeepSpeed's broadcast wants contiguous weights
     start = checkpoint.load(found, engine) if found else 0
     last = min(settings.steps, settings.stop or settings.steps)
     before = checkpoint.state(found).get("way") if found else None
@@ -102,9 +103,8 @@ def _train(settings: Train, path: Path, run: runs.Run, device: torch.device, rea
             lr, weight_decay = config.rates(settings, progress)
             optim.set_rates(engine.optimizer, lr, weight_decay)
             torch.manual_seed(hash((settings.seed, step, dist.rank())))     # for dropout: no state to save
-            scalars = engine(batch.to(device), progress)
+            scalars = _gradients(engine, batch.to(device).split(settings.accumulate), progress)
             stopping = _agree(scalars["loss"], bool(asked), device, step)
-            engine.backward(scalars["loss"])
             norm = _finite(engine.gradient_norm(), step)
             engine.step()
             method.after_step(progress)
@@ -113,7 +113,7 @@ def _train(settings: Train, path: Path, run: runs.Run, device: torch.device, rea
             step += 1
             log.advance(step)
             if step % settings.log.every == 0 or step == last:
-                row = dist.mean({name: float(value.detach()) for name, value in scalars.items()}, device)
+                row = dist.mean({name: float(value) for name, value in scalars.items()}, device)
                 log.write(step, {"samples": step * settings.data.batch, "epoch": stream.epoch(step - 1), "lr": lr,
                                  "grad_norm": norm, **row, **clock.read(settings.data.batch)})
                 run.alive(step)
@@ -134,14 +134,36 @@ def _train(settings: Train, path: Path, run: runs.Run, device: torch.device, rea
     return 0
 
 
+def _gradients(engine: Engine, parts: list[Batch], progress: float) -> dict[str, torch.Tensor]:
+    """Leaves the gradients of the mean loss of a batch's parts; the means of their scalars."""
+    found = []
+    for number, part in enumerate(parts):
+        with engine.part(number, len(parts)):
+            scalars = engine(part, progress)
+            engine.backward(scalars["loss"])
+        found.append({name: value.detach() for name, value in scalars.items()})
+    return {name: torch.stack([each[name] for each in found]).mean(dim=0) for name in found[0]}
+
+
 def build(settings: Train) -> Method:
     """The method with its encoder, on every rank the same weights."""
     torch.manual_seed(settings.seed)
     encoder = Encoder(settings.encoder.name, settings.encoder.args, settings.encoder.mean, settings.encoder.std)
+    if settings.encoder.checkpointing:
+        encoder.checkpoint()
     method = methods.load(settings.method["name"]).Method(config.method_config(settings), encoder)
     if settings.encoder.batchnorm == "synchronised":
-        synchronise(method)
+        synchronise(method, settings.encoder.batchnorm_ranks)
     return method
+
+
+def _compile(method: Method) -> None:
+    """Every encoder in place, so that no weight changes its name; a graph for each size of view."""
+    if not any(map(shutil.which, (os.environ.get("CXX", "g++"), "c++", "g++", "clang++"))):
+        raise ConfigError(["compile=true needs a C++ compiler, and no g++ or clang++ is in PATH; use compile=false"])
+    for each in method.modules():
+        if isinstance(each, Encoder):
+            each.compile(dynamic=False)
 
 
 def from_checkpoint(settings: Train, path: Path) -> Path:
@@ -225,8 +247,16 @@ def rehearse(settings: Train, world: int) -> dict[str, Any]:
             "left out of an epoch": stream.samples % settings.data.batch,
             "steps": settings.steps, "epochs": round(settings.steps / stream.steps_an_epoch, 2),
             "learning rate at the top": float(f"{settings.optim.lr * config.lr_scale(settings):.4g}"),
-            "tiles a rank and step": share, "parameters": weights,
+            "tiles a rank and step": share, **_parts(settings, method, share), "parameters": weights,
             "disk for checkpoints, GB": round(need / 1e9, 2), **_room(settings, reader)}
+
+
+def _parts(settings: Train, method: Method, share: int) -> dict[str, Any]:
+    """What accumulation changes: gradients are those of the whole batch, but for what BatchNorm sees at a time."""
+    if settings.accumulate == 1 or not has_any(method):
+        return {}
+    return {"BatchNorm": f"sees {share // settings.accumulate} tiles a rank at a time, not {share} "
+                         f"(accumulate={settings.accumulate})"}
 
 
 def _writable(path: Path) -> Path:
@@ -291,6 +321,10 @@ def _identity(settings: Train, reader: Reader) -> dict[str, Any]:
             data[name] = hashlib.sha256(file.read_bytes()).hexdigest()
     tree = json.loads(json.dumps({name: schema.plain(getattr(settings, name)) for name in
                                   ("seed", "steps", "precision", "encoder", "optim", "method")}))
+    for name in ("checkpointing", *(() if settings.encoder.batchnorm_ranks else ("batchnorm_ranks",))):
+        del tree["encoder"][name]       # the same numbers, whichever
+    if settings.accumulate > 1:
+        tree["accumulate"] = settings.accumulate        # of BatchNorm's batches
     return {**tree, "data": data, "shards": [found.fingerprint for found in reader.indexes]}
 
 

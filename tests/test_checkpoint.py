@@ -59,9 +59,7 @@ def built(optimizer: Optim, world: int = 1) -> Engine:
     method = Tiny()
     settings = Train(run=Path("nowhere"), data=config.Data(shards=[], batch=BATCH), method={}, steps=STEPS,
                      optim=optimizer)
-    engine = Engine(method, optim.build(method, optimizer), config.deepspeed(settings, world), CPU)
-    method.to(memory_format=torch.channels_last)
-    return engine
+    return Engine(method, optim.build(method, optimizer), config.deepspeed(settings, world), CPU)
 
 
 def trained(engine: Engine, first: int, last: int) -> list[float]:
@@ -69,7 +67,7 @@ def trained(engine: Engine, first: int, last: int) -> list[float]:
     for step in range(first, last):
         whole = np.random.default_rng(step).integers(0, 256, (BATCH, SIDE, SIDE, 3), dtype=np.uint8)
         own = np.array_split(whole, dist.world())[dist.rank()]
-        engine.set_lr(OPTIMIZERS["adamw"].lr * (1 + step % 3))
+        optim.set_rates(engine.optimizer, OPTIMIZERS["adamw"].lr * (1 + step % 3), OPTIMIZERS["adamw"].weight_decay)
         torch.manual_seed(100 * step + dist.rank())         # as the loop does, for dropout
         scalars = engine(Batch([torch.from_numpy(own)], [], np.arange(len(own)), np.arange(len(own))), step / STEPS)
         engine.backward(scalars["loss"])
@@ -190,8 +188,10 @@ def test_the_engine_steps_as_a_plain_loop_without_deepspeed_does() -> None:
     engine = built(OPTIMIZERS["sgd"])
     torch.manual_seed(4)
     method = Tiny()
-    plain = torch.optim.SGD(optim.groups(method, OPTIMIZERS["sgd"].weight_decay), lr=0.03, momentum=0.9, nesterov=True)
-    engine.set_lr(0.03)
+    shapes = {many: [each for each in method.parameters() if (each.ndim > 1) == many] for many in (True, False)}
+    plain = torch.optim.SGD([{"params": each, "weight_decay": OPTIMIZERS["sgd"].weight_decay * many}
+                             for many, each in shapes.items()], lr=0.03, momentum=0.9, nesterov=True)
+    optim.set_rates(engine.optimizer, 0.03, OPTIMIZERS["sgd"].weight_decay)
     for step in range(3):
         whole = np.random.default_rng(step).integers(0, 256, (BATCH, SIDE, SIDE, 3), dtype=np.uint8)
         batch = Batch([torch.from_numpy(whole)], [], np.arange(BATCH), np.arange(BATCH))
@@ -217,7 +217,7 @@ def test_gradients_are_clipped_only_when_asked_to() -> None:
     for clip in (0.0, 1e-3):
         engine = built(replace(OPTIMIZERS["plain"], clip=clip, weight_decay=0.0))
         before = {name: weight.clone() for name, weight in engine.weights().items()}
-        engine.set_lr(1.0)
+        optim.set_rates(engine.optimizer, 1.0, 0.0)
         pixels = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (BATCH, SIDE, SIDE, 3), dtype=np.uint8))
         engine.backward(engine(Batch([pixels], [], np.arange(BATCH), np.arange(BATCH)), 0.0)["loss"])
         norm = engine.gradient_norm()

@@ -85,3 +85,11 @@ class Batch:
     def to(self, device: torch.device) -> "Batch":
         """The batch with its pixels on `device`."""
         return Batch([view.to(device, non_blocking=True) for view in self.views], self.boxes, self.rows, self.positions)
+
+    def split(self, parts: int) -> "list[Batch]":
+        """Parts of one size, in order."""
+        share, left = divmod(len(self.rows), parts)
+        assert not left, f"{len(self.rows)} tiles in {parts} parts: config.rank_batch should have refused"
+        return [Batch([view[own] for view in self.views], [box[own] for box in self.boxes], self.rows[own],
+                      self.positions[own])
+                for own in (slice(first, first + share) for first in range(0, len(self.rows), share))]
