@@ -1,6 +1,7 @@
 """What a run shows while it goes: metrics.jsonl, TensorBoard, a bar, and the clock behind their figures."""
 
 import json
+import logging
 import sys
 import time
 from pathlib import Path
@@ -14,6 +15,8 @@ from shards import folder
 from ssl_dist import dist
 from ssl_dist.data.batch import Batch
 from ssl_dist.data.reader import Reader
+
+logger = logging.getLogger(__name__)
 
 
 class Clock:
@@ -74,6 +77,12 @@ class Log:
         self._bar.update(self._task, figures=figures)
         if not self._console.is_terminal:       # a file or a SLURM log: one plain line now and then
             self._console.print(f"step {step}/{self._steps}  {figures}", highlight=False)
+
+    def warn(self, words: str, step: int) -> None:
+        """A warning for the person, the log file and TensorBoard."""
+        if self._board is not None:
+            logger.warning("step %d: %s", step, words)
+            self._board.add_text("warnings", words, step)
 
     def picture(self, name: str, pixels_HW3: Any, step: int) -> None:
         """A picture for TensorBoard."""

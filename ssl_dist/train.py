@@ -20,6 +20,7 @@ from rich.console import Console
 from shards import folder
 from ssl_dist import checkpoint, config, dist, export, methods, optim, schema, sheet
 from ssl_dist import run as runs
+from ssl_dist.collapse import Watch
 from ssl_dist.config import ConfigError, Train
 from ssl_dist.data import mixture, stain, sweep
 from ssl_dist.data.batch import Batch
@@ -96,7 +97,7 @@ def _train(settings: Train, path: Path, run: runs.Run, device: torch.device, rea
     if dist.rank() == 0 and start == 0 and settings.log.pictures:
         _draw_views(loader, settings.log.pictures, path, log)
 
-    step, clock = start, Clock()
+    step, clock, watch = start, Clock(), Watch()
     try:
         for batch in _timed(loader.batches(start, last), clock):
             progress = step / settings.steps
@@ -114,6 +115,8 @@ def _train(settings: Train, path: Path, run: runs.Run, device: torch.device, rea
             log.advance(step)
             if step % settings.log.every == 0 or step == last:
                 row = dist.mean({name: float(value) for name, value in scalars.items()}, device)
+                for words in watch(row, method.chance, progress):
+                    log.warn(words, step)
                 log.write(step, {"samples": step * settings.data.batch, "epoch": stream.epoch(step - 1), "lr": lr,
                                  "grad_norm": norm, **row, **clock.read(settings.data.batch)})
                 run.alive(step)

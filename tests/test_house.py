@@ -21,6 +21,7 @@ MAY_IMPORT = {
     "ssl_dist": [],
     "ssl_dist.schema": [],
     "ssl_dist.config": ["ssl_dist.schema", "ssl_dist.schedule", "ssl_dist.methods"],
+    "ssl_dist.collapse": [],
     "ssl_dist.dist": [],
     "ssl_dist.schedule": [],
     "ssl_dist.data": ["ssl_dist.data", "ssl_dist.dist", "shards.index", "shards.jpeg"],

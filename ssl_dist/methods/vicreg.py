@@ -39,6 +39,8 @@ class Config:
 class Method(base.Method):
     """Encoder, three-layer projection with BatchNorm, and the statistics of its output over all ranks."""
 
+    WHOLE = "variances and covariances"
+
     def __init__(self, config: Config, encoder: Encoder):
         super().__init__()
         self.encoder, self.config = encoder, config
