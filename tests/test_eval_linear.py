@@ -2,6 +2,7 @@
 
 import io
 import json
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -47,21 +48,29 @@ def test_the_probe_is_logistic_regression_on_scaled_features(strength: float) ->
     assert (found == expected).mean() > 0.995       # what lies on the edge may fall either way
 
 
+def test_a_probe_that_began_at_another_strength_guesses_as_one_that_did_not() -> None:
+    bank, known = clouds(300, 0)
+    query, _ = clouds(500, 1)
+    for strength, probe in linear.probes(bank, known, linear.STRENGTHS):
+        alone = linear.fitted(bank, known, strength)
+        assert (probe.predict(query) == alone.predict(query)).mean() > 0.99, strength
+
+
 def test_no_patient_is_on_both_sides_of_the_choice(monkeypatch: pytest.MonkeyPatch) -> None:
     bank, known = clouds(240, 0)
     groups = np.array([f"patient {number % 12}" for number in range(240)])
     seen: list[np.ndarray] = []
-    plain = linear.fitted
+    plain = linear.probes
 
-    def spying(some: np.ndarray, labels: np.ndarray, strength: float) -> object:
+    def spying(some: np.ndarray, labels: np.ndarray, strengths: Sequence[float]) -> Iterator:
         seen.append(some)
-        return plain(some, labels, strength)
+        return plain(some, labels, strengths)
 
-    monkeypatch.setattr(linear, "fitted", spying)
+    monkeypatch.setattr(linear, "probes", spying)
     linear.choose(bank, known, groups, seed=0)
     place = {row.tobytes(): group for row, group in zip(bank, groups, strict=True)}
     learning = {place[row.tobytes()] for row in seen[0]}
-    assert len(seen) == len(linear.STRENGTHS)
+    assert len(seen) == 1
     assert 8 <= len(learning) <= 10
     assert len(seen[0]) == 20 * len(learning), "some tiles of a patient are held out and others are not"
 

@@ -7,6 +7,7 @@ Q queries   B bank   D width
 """
 
 import warnings
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,7 @@ from ssl_dist.eval import protocol
 from ssl_dist.eval.features import Split
 from ssl_dist.eval.protocol import Progress, Verdict
 
-STRENGTHS = tuple(float(value) for value in np.logspace(-5, 1, 13))        # scikit-learn's C, on scaled features
+STRENGTHS = tuple(float(value) for value in np.logspace(-5, 0, 11))        # scikit-learn's C, on scaled features
 HELD_OUT = 0.2          # of the bank's patients, to choose by
 ITERATIONS = 300        # of L-BFGS; weak regularisation need not converge to guess as it would
 
@@ -57,15 +58,23 @@ def choose(bank_BD: np.ndarray, labels_B: np.ndarray, groups_B: np.ndarray, seed
     if learn is None:
         raise ShardError("some class of the bank is of one patient only, so that the probe cannot be chosen without "
                          "it; add patients of that class, or leave the class out")
-    found = [(float(fitted(bank_BD[learn], labels_B[learn], strength).score(bank_BD[held], labels_B[held])), strength)
-             for strength in STRENGTHS]
+    found = [(float(probe.score(bank_BD[held], labels_B[held])), strength)
+             for strength, probe in probes(bank_BD[learn], labels_B[learn], STRENGTHS)]
     best = max(accuracy for accuracy, _ in found)
     return next(strength for accuracy, strength in found if accuracy == best), best
 
 
+def probes(bank_BD: np.ndarray, labels_B: np.ndarray, strengths: Sequence[float]) -> Iterator[tuple[float, Pipeline]]:
+    """The probe at several strengths, weak ones last: each begins where the one before ended, and changes it."""
+    scaler, regression = StandardScaler().fit(bank_BD), LogisticRegression(max_iter=ITERATIONS, warm_start=True)
+    scaled_BD = scaler.transform(bank_BD)
+    for strength in strengths:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            regression.set_params(C=strength).fit(scaled_BD, labels_B)
+        yield strength, make_pipeline(scaler, regression)
+
+
 def fitted(bank_BD: np.ndarray, labels_B: np.ndarray, strength: float) -> Pipeline:
     """The probe of one strength."""
-    probe = make_pipeline(StandardScaler(), LogisticRegression(C=strength, max_iter=ITERATIONS))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)
-        return probe.fit(bank_BD, labels_B)
+    return next(probes(bank_BD, labels_B, [strength]))[1]
