@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -37,6 +38,15 @@ NETWORKS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 WITHOUT_BATCHNORM = [("moco", "vit"), ("dino", "vit of any size")]
 CASES = [*((name, "resnet") for name in SETTINGS), *WITHOUT_BATCHNORM]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """For networks of this size, threads wait for each other longer than they reckon."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def encoder(network: str = "resnet", **more: Any) -> Encoder:
