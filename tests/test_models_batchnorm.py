@@ -11,7 +11,7 @@ from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 
 from ssl_dist import dist
-from ssl_dist.models.batchnorm import SyncBatchNorm, SyncBatchNormAct, synchronise
+from ssl_dist.models.batchnorm import SyncBatchNorm, SyncBatchNormAct, has_local, synchronise
 
 run = runpy.run_path(str(Path(__file__).with_name("ranks.py")))["run"]
 
@@ -82,6 +82,31 @@ def on_ranks(_: Path) -> dict[str, dict[str, Tensor]]:
     return {**found, "half": {"output 0": half.detach()}, "resting": {"output 0": resting.detach()}}
 
 
+def in_groups(_: Path) -> dict[str, dict[str, Tensor]]:
+    return {name: train(synchronise(nn.Sequential(network), ranks=2), shape)
+            for name, (network, shape) in grouped().items()}
+
+
+def grouped() -> dict[str, tuple[nn.Module, tuple[int, ...]]]:
+    return {"pictures": (norm(SHAPES["pictures"], {}), SHAPES["pictures"]),
+            "network": (small_network(), (12, 5, 8, 8))}
+
+
+class Halves(nn.Module):
+    """torch's BatchNorm on each half of the batch by itself: what two groups of ranks are to do."""
+
+    def __init__(self, network: nn.Module):
+        super().__init__()
+        self.first, self.second = network, copy.deepcopy(network)
+        for name, parameter in self.first.named_parameters():       # one weight, two sets of running statistics
+            owner, _, last = name.rpartition(".")
+            setattr(self.second.get_submodule(owner), last, parameter)
+
+    def forward(self, input: Tensor) -> Tensor:
+        one, other = input.chunk(2)
+        return torch.cat([self.first(one), self.second(other)])
+
+
 @pytest.fixture(scope="module")
 def ranked(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list]:
     return run(on_ranks, (2, 3), tmp_path_factory.mktemp("ranks"))
@@ -114,6 +139,32 @@ def test_ranks_together_do_what_torchs_batchnorm_does_on_the_whole_batch(world: 
     torch.testing.assert_close(half.float(), whole, rtol=0.01, atol=0.02)
     resting = torch.cat([rank["resting"]["output 0"] for rank in ranks])
     torch.testing.assert_close(resting, nn.Sequential(small_network()).eval()(given((12, 5, 8, 8), 0)))
+
+
+def test_groups_of_ranks_do_what_torchs_batchnorm_does_on_each_part(tmp_path: Path) -> None:
+    ranks = run(in_groups, (4,), tmp_path)[4]
+    for case, (network, shape) in grouped().items():
+        expected = train(Halves(nn.Sequential(network).double()), shape, torch.float64)
+        for name, truth in expected.items():
+            if name.startswith("state "):
+                _, half, rest = name.replace("state ", "state.").split(".", 2)
+                found = [rank[case][f"state {rest}"] for rank in (ranks[:2] if half == "first" else ranks[2:])]
+            elif name.startswith("gradient "):
+                found = [rank[case][name.replace(" first.", " ")] for rank in ranks]
+            else:
+                found = [torch.cat([rank[case][name] for rank in ranks])]
+            for each in found:
+                apart = float((each - truth).abs().max()) / extent(truth)
+                assert apart < 2e-3, f"{case}, {name}: {apart}"
+    means = [rank["pictures"]["state 0.running_mean"] for rank in ranks]
+    assert torch.equal(means[0], means[1]) and torch.equal(means[2], means[3]) and not torch.equal(means[0], means[2])
+
+
+def test_a_group_of_some_ranks_still_tells_a_query_from_which_ranks_its_key_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dist, "world", lambda: 4)
+    for ranks, local in ((0, False), (4, False), (2, True), (1, True)):
+        assert has_local(synchronise(nn.Sequential(nn.BatchNorm2d(4)), ranks)) == local
+    assert has_local(nn.Sequential(nn.BatchNorm2d(4))) and not has_local(nn.Sequential(nn.LayerNorm(4)))
 
 
 def test_alone_it_is_torchs_to_the_last_bit() -> None:
