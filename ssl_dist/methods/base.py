@@ -68,8 +68,8 @@ def teacher(student: nn.Module) -> nn.Module:
 def freeze(weight: nn.Parameter, frozen: bool) -> None:
     """Whether a weight stays as it is for a while, for the optimizer too.
 
-    A missing gradient is not enough: DeepSpeed fills it with zeros, and then weight decay, momentum and Adam's count
-    of steps go on.
+    A missing gradient is not enough: what averages gradients may put zeros in its place, as DeepSpeed does, and then
+    weight decay, momentum and Adam's count of steps go on.
     """
     weight.requires_grad_(not frozen)
 
