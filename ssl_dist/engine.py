@@ -107,6 +107,8 @@ class Engine:
         """One update of the weights; gradients are gone afterwards."""
         if self._clip and (excess := self.gradient_norm() / self._clip) > 1:
             torch._foreach_mul_(self._gradients(), 1 / excess)
+        if self._stage:     # a method may have moved weights itself, and ZeRO steps with copies of its own
+            self._zero.refresh_fp32_params()
         resting = [each for each in self._learning if each not in self._used] if self._stage else []
         kept = [(each, each.clone()) for parameter in resting for each in self._own(parameter)]
         first = not self.optimizer.state

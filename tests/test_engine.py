@@ -40,6 +40,12 @@ class Net(base.Method):
         self.early, self.late = nn.Parameter(torch.randn(5, 5)), nn.Parameter(torch.randn(5, 5))
         self.views = ()
 
+    @torch.no_grad()
+    def after_step(self, progress: float) -> None:
+        """As prototypes return to unit length."""
+        moved = self.early if progress < 0.5 else self.late
+        moved.copy_(F.normalize(moved, dim=1))
+
     def forward(self, batch: Batch, progress: float) -> dict[str, Tensor]:
         for weight, rests in ((self.early, progress >= 0.5), (self.late, progress < 0.5)):
             base.freeze(weight, rests)
@@ -81,6 +87,7 @@ def trained(engine: Engine, first: int, last: int, parts: int = 1) -> list[float
                 engine.backward(engine(part, step / STEPS)["loss"])
         norms.append(engine.gradient_norm())
         engine.step()
+        engine.method.after_step(step / STEPS)     # type: ignore[operator]
     return norms
 
 
@@ -94,6 +101,7 @@ def plainly(told: Optim, norm: bool = True) -> dict[str, Any]:
         norms = torch.nn.utils.clip_grad_norm_(method.parameters(), told.clip or float("inf"))
         found["norms"].append(float(norms))
         optimizer.step()
+        method.after_step(step / STEPS)
         if step == STOP - 1:
             found["at stop"] = {name: weight.detach().clone() for name, weight in method.named_parameters()}
     return {**found, "weights": {name: weight.detach() for name, weight in method.named_parameters()}}
@@ -173,7 +181,9 @@ def test_it_steps_as_a_plain_loop_over_the_whole_batch(world: int, name: str, st
             for weight, value in weights(found[moment]):
                 if weight == "late" and moment == "whole" and exact < STEPS:
                     continue
-                bound = 1e-5 if moment == "at stop" or exact == STEPS else 1e-3       # others follow `late`
+                # Adam makes a step of 0.01 of the smallest gradient, rounding and all; the others follow `late`.
+                near = 1e-5 if name == "sgd" else 1e-4
+                bound = near if moment == "at stop" or exact == STEPS else 1e-3
                 torch.testing.assert_close(value.double(), told[weight], rtol=10 * bound, atol=bound, msg=weight)
 
 
