@@ -5,7 +5,7 @@ import json
 import re
 import statistics
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -154,6 +154,77 @@ def shard() -> str:
         f"{found['rounds']} interleaved rounds, {found['date']}. Plot: `benchmarks/results/{found['plot']}`.")
 
 
+def train() -> str:
+    """The tables of training: of each kind of device the newest result."""
+    newest = {found["device"]: found for found in map(_read, _files("train_"))}
+    return "\n\n".join(_train(found) for found in newest.values()) or "Not measured yet."
+
+
+def _train(found: dict) -> str:
+    sizes = found["of_ranks"]
+    names = [f"{part['batch']} tiles: images/s | against DDP | of peak | MB a rank" for part in sizes]
+    lines = [f"| {found['ranks']} ranks, {found['model']}, {found['size']} px, SimCLR | {' | '.join(names)} |",
+             "|---" * (1 + 4 * len(sizes)) + "|"]
+    for rows in zip(*(part["contenders"] for part in sizes), strict=True):
+        cells = [f"{row['images_per_second']:,.0f} | {row['ratio']:.2f} | "
+                 + (f"{row['peak_share']:.0%}" if "peak_share" in row else "")
+                 + f" | {row.get('memory_mb', '')}" for row in rows]
+        lines.append(f"| {rows[0]['name']} | {' | '.join(cells)} |")
+    lines += ["", "| one rank, real tiles against the same kind in memory | images/s | ratio | wait for data |",
+              "|---|---|---|---|"]
+    for part in found["one_rank"]:
+        row = next(row for row in part["contenders"] if row["name"] == "real")
+        lines.append(f"| {part['batch']} tiles, {part['precision']} | {row['images_per_second']:,.0f} | "
+                     f"{row['ratio']:.3f} | {part['data_wait']:.1%} |")
+    where = f"{', '.join(found['gpus'])}, " if found["device"] == "cuda" else ""
+    return "\n".join(lines) + (
+        f"\n\nThe same model and batches for all, AdamW; every contender finds the norm of the gradient, but where it "
+        f"says so. Medians of {found['rounds']} interleaved rounds, ratios of turns in one round. Of peak: operations "
+        "of convolutions and matrix products against what the GPU's data sheet says or, on a CPU, against matrix "
+        "products of the same precision on all ranks at once. Memory: what a rank holds at most beyond its imports. "
+        f"{where}{found['cpu']}, {found['cpus']} cores, torch {found['versions']['torch']}, DeepSpeed "
+        f"{found['versions']['deepspeed']}, {found['date']}. Plot: `benchmarks/results/{found['plot']}`.")
+
+
+def learn() -> str:
+    """The table of what methods learn: of each method and seed the newest result."""
+    found: dict[str, dict[int, dict]] = {}
+    for path in sorted(_files("learn_"), key=lambda path: path.stem.rpartition("_")[2]):
+        result = _read(path)
+        found.setdefault(result["method"], {})[result["seed"]] = result
+    if not found:
+        return "Not measured yet."
+    lines = ["| method | network | tiles seen | kNN | untrained | linear | untrained | n | minutes |", "|---" * 9 + "|"]
+    every = [run for runs in found.values() for run in runs.values()]
+    for method in sorted(found, key=lambda method: -_mean(found[method].values(), "linear", "encoder")[0]):
+        runs = list(found[method].values())
+        figures = (_spread(*_mean(runs, protocol, what)) for protocol in ("knn", "linear")
+                   for what in ("encoder", "random"))
+        lines.append(f"| [{method}](configs/pretrain/{runs[0]['recipe']}.yaml) | "
+                     f"{runs[0]['config']['encoder']['name'].removesuffix('_patch16_224')} | "
+                     f"{runs[0]['tiles_seen']:,} | {' | '.join(figures)} | {len(runs)} | "
+                     f"{statistics.median(run['seconds'] for run in runs) / 60:.1f} |")
+    levels = [_spread(*_mean(every, protocol, "colours")) for protocol in ("knn", "linear")]
+    lines.append(f"| colour histograms | none | 0 | {levels[0]} |  | {levels[1]} |  |  |  |")
+    first = every[0]
+    return "\n".join(lines) + (
+        f"\n\nAccuracy in %, mean ± standard deviation over n seeds, on {first['counts']['queries']:,} tiles of "
+        f"PatchCamelyon (two classes, half each) that were never trained on; {first['counts']['bank']:,} others, of "
+        f"which training saw no labels, vote (k = {first['k']}) or teach the probe, all at {first['size']} px. Which "
+        "slides tiles are of is lost, so tiles of one slide may be on both sides, for all rows alike. Untrained: the "
+        f"same network with the weights that its training began with. Minutes: median of a training. {first['cpu']}, "
+        f"{first['cpus']} cores, torch {first['versions']['torch']}, {max(run['date'] for run in every)}.")
+
+
+def _mean(runs: Iterable[dict], protocol: str, what: str) -> tuple[float, float]:
+    values = [100 * run[protocol][what] for run in runs]
+    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+def _spread(mean: float, deviation: float) -> str:
+    return f"{mean:.1f} ± {deviation:.1f}" if deviation else f"{mean:.1f}"
+
+
 def _newest(prefix: str) -> dict | None:
     files = _files(prefix)
     return _read(files[-1]) if files else None
@@ -167,7 +238,7 @@ def _read(path: Path) -> dict:
     return json.loads(path.read_text())
 
 
-PARTS = {"tree": tree, "demo": demo, "data": data, "stream": stream, "shard": shard}
+PARTS = {"tree": tree, "demo": demo, "data": data, "stream": stream, "shard": shard, "train": train, "learn": learn}
 
 
 def main() -> int:
