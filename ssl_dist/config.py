@@ -120,9 +120,9 @@ class Optim:
         """What cannot be said of one value alone."""
         broken = []
         if self.final_lr > self.lr:
-            broken.append(f"final_lr={self.final_lr} lies above lr={self.lr}")
+            broken.append(f"final_lr={self.final_lr} lies above optim.lr={self.lr}")
         if self.lr_vectors is not None and not self.lr:
-            broken.append(f"lr_vectors={self.lr_vectors} follows the schedule of lr, which is 0")
+            broken.append(f"lr_vectors={self.lr_vectors} follows the schedule of optim.lr, which is 0")
         return broken
 
 
@@ -151,7 +151,7 @@ class Train:
     data: Data
     method: dict[str, Any] = field(metadata={"help": "name=simclr and the method's own keys"})
     steps: int = field(default=0, metadata={"range": (0, 10**9), "help": "optimizer steps of the whole run"})
-    epochs: float = field(default=0, metadata={"range": (0, 10**6), "help": "or: passes over the tiles"})
+    epochs: float = field(default=0.0, metadata={"range": (0, 10**6), "help": "or: passes over the tiles"})
     samples: int = field(default=0, metadata={"range": (0, 10**13), "help": "or: tiles seen, again and again"})
     stop: int | None = field(default=None, metadata={"range": (1, 10**9), "help": "end the attempt after this step"})
     seed: int = field(default=0, metadata={"range": (0, 2**63 - 1)})
@@ -278,7 +278,7 @@ def recipe(name: str) -> Path:
 def with_steps(train: Train, steps_an_epoch: int) -> Train:
     """The same run with its length in steps, once the catalogue is known."""
     steps = train.steps or math.ceil(train.samples / train.data.batch) or max(1, round(train.epochs * steps_an_epoch))
-    return replace(train, steps=steps, epochs=0, samples=0)
+    return replace(train, steps=steps, epochs=0.0, samples=0)
 
 
 def rates(train: Train, progress: float) -> tuple[float, float]:
