@@ -25,6 +25,7 @@ def ssl_dist(*words: object) -> str:
     done = subprocess.run([sys.executable, "-m", "ssl_dist", *map(str, words)], capture_output=True, text=True,
                           env={**os.environ, "PYTHONPATH": str(ROOT)}, check=False, timeout=280)
     assert done.returncode == 0, done.stderr[-4000:]
+    assert "Warning" not in done.stderr, "a run that is as it should be warns of nothing"
     return done.stdout
 
 
