@@ -18,7 +18,7 @@ import yaml
 
 RECIPES = {"simclr": "simclr_r18_small", "moco": "moco_r18_small", "swav": "swav_r18_small",
            "barlow": "barlow_r18_small", "dino": "dino_vitt_small"}
-SIZE = 96               # pixels that tiles are looked at with in evaluation: their own
+SIZE = 64               # pixels that tiles are looked at with in evaluation: as large as the crops
 POINTS = 60             # of a curve
 CURVES = ("loss", "deviation", "rank")
 PICTURE = Path(__file__).resolve().parent.parent / "docs" / "learning.png"
