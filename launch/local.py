@@ -65,8 +65,6 @@ def run(job: Job, arguments: list[str], run_folder: Path | None) -> int:
         environment.pop(name, None)
     cores = len(os.sched_getaffinity(0))
     environment.setdefault("OMP_NUM_THREADS", str(max(1, cores // ranks(job))))
-    # Of torch's C++ parts only errors: each rank would warn that no parameter rests, in methods where none does.
-    environment.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     launch = environment["SSL_DIST_LAUNCH"] = uuid.uuid4().hex
     code = _wait(subprocess.Popen(command(job, arguments, debug="--debug" in arguments), env=environment))
     if code == 0 or run_folder is None:

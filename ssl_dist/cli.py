@@ -28,6 +28,8 @@ def verb(function: Callable[..., int | None]) -> Callable[..., None]:
 
     @functools.wraps(function)
     def command(*args: Any, debug: bool = False, **kwargs: Any) -> None:
+        # Of torch's C++ parts only errors: each rank would warn that no parameter rests, in methods where none does.
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
         try:
             code = function(*args, **kwargs) or 0
         except BrokenPipeError:         # whoever read us (head, less) has seen enough
@@ -497,7 +499,8 @@ def evaluate(config: Config, overrides: Overrides = None, print_config: PrintCon
     if unknown := result["counts"]["unknown_patients"]:
         say(f"warning: the patients of {unknown} query tiles are unknown; some may be in the bank as well")
     for name, figures in result["baselines"].items():
-        say(f"{name}: " + ", ".join(f"{key} {value:.3f}" for key, value in figures.items()))
+        say(f"{name}: " + ", ".join(f"{key} {value:{'.3f' if 'accuracy' in key else 'g'}}"
+                                    for key, value in figures.items()))
     return None
 
 

@@ -20,6 +20,8 @@ ZERO: dict[int, dict[str, Any]] = {
     0: {}, 1: {"contiguous_gradients": False, "overlap_comm": False, "compute_grad_norm": False},
     2: {"contiguous_gradients": True, "overlap_comm": False, "compute_grad_norm": False, "reduce_bucket_size": 2**23}}
 
+LENGTHS = ("steps", "epochs", "samples")       # of a run: one of them is given
+
 # What tiles can be chosen by.
 COLUMNS = ("dataset", "slide", "patient", "label", "stain", "organ", "mpp")
 
@@ -91,9 +93,15 @@ class Encoder:
 
     def rules(self) -> list[str]:
         """What cannot be said of one value alone."""
-        return ["batchnorm=local leaves each rank its own statistics, so batchnorm_ranks="
-                f"{self.batchnorm_ranks} says nothing; leave one of them out"] \
-            if self.batchnorm == "local" and self.batchnorm_ranks else []
+        broken = [f"args holds {key!r}, which is no name of an argument; in a map a space follows each colon: "
+                  "encoder.args={img_size: 64}" for key in self.args if not str(key).isidentifier()]
+        if self.args.get("in_chans", 3) != 3:
+            broken.append(f"args.in_chans={self.args['in_chans']}: tiles have 3 channels, red, green and blue; leave "
+                          "it out")
+        if self.batchnorm == "local" and self.batchnorm_ranks:
+            broken.append("batchnorm=local leaves each rank its own statistics, so batchnorm_ranks="
+                          f"{self.batchnorm_ranks} says nothing; leave one of them out")
+        return broken
 
 
 @dataclass
@@ -123,6 +131,9 @@ class Optim:
             broken.append(f"final_lr={self.final_lr} lies above optim.lr={self.lr}")
         if self.lr_vectors is not None and not self.lr:
             broken.append(f"lr_vectors={self.lr_vectors} follows the schedule of optim.lr, which is 0")
+        if self.decay_vectors and self.name == "lars":
+            broken.append("decay_vectors=true and optim.name=lars do not go together: LARS leaves biases and norms "
+                          "without decay; use decay_vectors=false")
         return broken
 
 
@@ -176,7 +187,7 @@ class Train:
             close = difflib.get_close_matches(str(name), methods(), n=1)
             broken.append(f"method.name={name!r} is not one of {', '.join(methods())}"
                           + (f"; did you mean {close[0]!r}?" if close else ""))
-        lengths = {name: getattr(self, name) for name in ("steps", "epochs", "samples") if getattr(self, name)}
+        lengths = {name: getattr(self, name) for name in LENGTHS if getattr(self, name)}
         if len(lengths) > 1:
             broken.append(" and ".join(f"{name}={value:g}" for name, value in lengths.items()) + " each say how long "
                           "the run is; set all but one to 0")
@@ -224,13 +235,26 @@ class Eval:
 
 def load(kind: type, name: str, overrides: list[str]) -> Any:
     """A config of one kind from a recipe, by path or by name, and key=value words."""
-    return schema.load(kind, recipe(name), overrides)
+    file = recipe(name)
+    values, places = _read(kind, file, overrides)
+    return schema.build(kind, values, places, where=str(file))
+
+
+def _read(kind: type, file: Path, overrides: list[str]) -> tuple[dict[str, Any], dict[str, str]]:
+    """What is written and where; of a run's length, what is typed stands in for what the recipe says."""
+    values, places = schema.read(kind, file, overrides)
+    typed = [name for name in LENGTHS if places.get(name) == schema.COMMAND_LINE]
+    if kind is Train and any(values[name] for name in typed):
+        values = {name: value for name, value in values.items() if name not in LENGTHS or name in typed}
+    return values, places
 
 
 def load_train(name: str, overrides: list[str]) -> Train:
     """A training config with its method's own keys checked and filled in; imports the method, and so torch."""
-    train = load(Train, name, overrides)
-    own = method_config(train, str(recipe(name)))
+    file = recipe(name)
+    values, places = _read(Train, file, overrides)
+    train = schema.build(Train, values, places, where=str(file))
+    own = method_config(train, str(file), places)
     for number, view in enumerate(getattr(own, "views", ())):
         if view.fitted and not train.data.stain:
             raise ConfigError([f"method.views[{number}].{view.fitted}={getattr(view, view.fitted)!r} needs data.stain, "
@@ -239,15 +263,16 @@ def load_train(name: str, overrides: list[str]) -> Train:
     if whole and train.accumulate > 1:
         raise ConfigError([f"accumulate={train.accumulate}: {train.method['name']} takes its {whole} from all tiles of "
                            "a step, so parts of it would be another loss; use accumulate=1, and for memory "
-                           "precision=bf16, encoder.checkpointing=true or more ranks"])
+                           "precision=bf16, more ranks or, for a network without BatchNorm, "
+                           "encoder.checkpointing=true"])
     return replace(train, method={"name": train.method["name"], **schema.plain(own)})
 
 
-def method_config(train: Train, where: str = "config") -> Any:
+def method_config(train: Train, where: str = "config", places: dict[str, str] | None = None) -> Any:
     """The method's own `Config`, from the keys below `method:`."""
     module = importlib.import_module(f"ssl_dist.methods.{train.method['name']}")
     own = {key: value for key, value in train.method.items() if key != "name"}
-    return schema.build(module.Config, own, where=where, prefix="method.")
+    return schema.build(module.Config, own, places, where=where, prefix="method.")
 
 
 def methods() -> list[str]:

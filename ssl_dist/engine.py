@@ -10,7 +10,7 @@ import contextlib
 import logging
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -110,14 +110,15 @@ class Engine:
         if self._stage:     # a method may have moved weights itself, and ZeRO steps with copies of its own
             self._zero.refresh_fp32_params()
         resting = [each for each in self._learning if each not in self._used] if self._stage else []
-        kept = [(each, each.clone()) for parameter in resting for each in self._own(parameter)]
         first = not self.optimizer.state
+        kept = [(each, each.clone()) for each in (*self._own(resting), *self._counts(resting))]
         self._deepspeed.step()
         # ZeRO takes no gradient for one of zeros, and weight decay and momentum would move what rests.
         for tensor, value in kept:
             tensor.copy_(value)
-        for tensor in (each for parameter in resting for each in self._own(parameter)[2:] if first):
-            tensor.zero_()
+        if first:       # the state was made by this very step
+            for tensor in (*self._moments(resting), *self._counts(resting)):
+                tensor.zero_()
         self._used.clear()
 
     def _gradients(self) -> list[Tensor]:
@@ -190,7 +191,7 @@ class Engine:
             for key, value in self.optimizer.state[part].items():
                 given = {each: moments[name] for each in parameters
                          if (name := f"{self._names[each]}|{key}") in moments}
-                if not value.ndim:      # one count of steps for all; who rested for a while has a lower one
+                if not value.ndim:      # one count of steps a group: whoever rests for a while is one of its own
                     value.fill_(max(map(float, given.values()), default=0.0))
                     continue
                 value.zero_()
@@ -210,11 +211,28 @@ class Engine:
                 if parameter._hp_mapping:
                     parameter._hp_mapping.set_optim_state_fragment(part, self.optimizer.state[part])
 
-    def _own(self, parameter: Any) -> list[Tensor]:
-        """A weight and, of its master copy and moments, what is in this rank's part."""
-        if not parameter._hp_mapping:
-            return [parameter.detach()]
-        place, of = parameter._hp_mapping.hp_fragment_address, parameter._hp_mapping.param_group_index
-        (part,) = self.optimizer.param_groups[of]["params"]
-        flat = [part.detach(), *(each for each in self.optimizer.state.get(part, {}).values() if each.ndim)]
-        return [parameter.detach(), *(each.narrow(0, place.start, place.numel) for each in flat)]
+    def _own(self, parameters: Iterable[Any]) -> list[Tensor]:
+        """Weights and, of their master copies and moments, what is in this rank's part."""
+        masters = [part.detach().narrow(0, place.start, place.numel) for part, place in self._fragments(parameters)]
+        return [*(each.detach() for each in parameters), *masters, *self._moments(parameters)]
+
+    def _moments(self, parameters: Iterable[Any]) -> list[Tensor]:
+        """Of these weights' moments, what is in this rank's part."""
+        return [each.narrow(0, place.start, place.numel) for part, place in self._fragments(parameters)
+                for each in self.optimizer.state.get(part, {}).values() if each.ndim]
+
+    def _fragments(self, parameters: Iterable[Any]) -> Iterator[tuple[Tensor, Any]]:
+        """The flat group that holds a part of a weight on this rank, and where in it."""
+        for parameter in parameters:
+            if parameter._hp_mapping:
+                (part,) = self.optimizer.param_groups[parameter._hp_mapping.param_group_index]["params"]
+                yield part, parameter._hp_mapping.hp_fragment_address
+
+    def _counts(self, parameters: list[Any]) -> list[Tensor]:
+        """The optimizer's counts of steps of the groups of which every weight is among these."""
+        if not parameters:
+            return []
+        among = {id(each) for each in parameters}
+        return [value for group, held in zip(self.optimizer.param_groups, self._zero.bit16_groups, strict=True)
+                if all(id(each) in among for each in held)
+                for value in self.optimizer.state.get(group["params"][0], {}).values() if not value.ndim]

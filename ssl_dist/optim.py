@@ -1,6 +1,6 @@
 """Parameter groups and optimizers."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -9,16 +9,20 @@ from torch import nn
 from ssl_dist.config import Optim
 
 
-def groups(module: nn.Module, config: Optim) -> list[dict[str, Any]]:
+def groups(module: nn.Module, config: Optim, resting: Sequence[nn.Parameter] = ()) -> list[dict[str, Any]]:
     """Matrices and kernels; and the vectors: biases and the scales of norms, which have a way of their own.
 
-    `share` is a group's part of the learning rate, `decay` its part of the weight decay (`set_rates`).
+    A weight that rests for a while is a group of its own: ZeRO keeps one count of steps a group, and Adam corrects its
+    moments by it. `share` is a group's part of the learning rate, `decay` its part of the weight decay (`set_rates`).
     """
     learning = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    alone = {id(each) for each in resting}
     share = 1.0 if config.lr_vectors is None else config.lr_vectors / config.lr
-    return [{"params": [each for each in learning if each.ndim > 1], "share": 1.0, "decay": 1.0},
-            {"params": [each for each in learning if each.ndim <= 1], "share": share,
-             "decay": float(config.decay_vectors)}]
+    matrices = {"share": 1.0, "decay": 1.0}
+    vectors = {"share": share, "decay": float(config.decay_vectors)}
+    return [{"params": [each for each in learning if each.ndim > 1 and id(each) not in alone], **matrices},
+            {"params": [each for each in learning if each.ndim <= 1 and id(each) not in alone], **vectors},
+            *({"params": [each], **(matrices if each.ndim > 1 else vectors)} for each in resting)]
 
 
 def set_rates(optimizer: torch.optim.Optimizer, lr: float, weight_decay: float) -> None:
@@ -27,9 +31,9 @@ def set_rates(optimizer: torch.optim.Optimizer, lr: float, weight_decay: float) 
         group["lr"], group["weight_decay"] = lr * group["share"], weight_decay * group["decay"]
 
 
-def build(module: nn.Module, config: Optim) -> torch.optim.Optimizer:
-    """The optimizer that `config` names, over the parameters that learn."""
-    parameters = groups(module, config)
+def build(module: nn.Module, config: Optim, resting: Sequence[nn.Parameter] = ()) -> torch.optim.Optimizer:
+    """The optimizer that `config` names, over the parameters that learn, some of which rest for a while."""
+    parameters = groups(module, config, resting)
     optimizer: torch.optim.Optimizer
     # Fused: one pass over weights, gradients and moments; of 11 million weights on a CPU core 27 ms instead of 62.
     # torch's fused SGD cannot: it fails where one weight has its first gradient after the others.

@@ -39,6 +39,12 @@ class ConfigError(ValueError):
 
 def load(schema: type, file: Path | None, overrides: list[str]) -> Any:
     """An instance of `schema` from a YAML file and key=value words, or a ConfigError that lists all that is wrong."""
+    values, places = read(schema, file, overrides)
+    return build(schema, values, places, where=str(file) if file else COMMAND_LINE)
+
+
+def read(schema: type, file: Path | None, overrides: list[str]) -> tuple[dict[str, Any], dict[str, str]]:
+    """What a file and key=value words say, as nested dictionaries, and where each key was written."""
     values, places = _file(file) if file else ({}, {})
     problems = []
     for word in overrides:
@@ -63,7 +69,7 @@ def load(schema: type, file: Path | None, overrides: list[str]) -> Any:
         values = typing.cast(dict, OmegaConf.to_container(OmegaConf.create(values), resolve=True))
     except OmegaConfBaseException as error:
         raise ConfigError([f"{file}: {_first_line(error)}"]) from None
-    return build(schema, values, places, where=str(file) if file else COMMAND_LINE)
+    return values, places
 
 
 def build(schema: type, values: dict[str, Any], places: dict[str, str] | None = None, *, where: str,
@@ -74,7 +80,9 @@ def build(schema: type, values: dict[str, Any], places: dict[str, str] | None = 
     if reader.problems:
         raise ConfigError(reader.problems)
     if broken := list(_rules(instance, prefix)):
-        raise ConfigError([f"{rule} [{where}]" for rule in broken])
+        # A rule is about several values; whoever typed one of them must not be sent to the file alone.
+        typed = where != COMMAND_LINE and COMMAND_LINE in (places or {}).values()
+        raise ConfigError([f"{rule} [{COMMAND_LINE + ', ' if typed else ''}{where}]" for rule in broken])
     return instance
 
 
@@ -179,6 +187,8 @@ class _Reader:
             parent = parent.rpartition(".")[0]
             place = self.places.get(parent)
         place = place or self.where
+        if any(name.startswith(f"{parent}.") and typed == COMMAND_LINE for name, typed in self.places.items()):
+            place = COMMAND_LINE        # of a group that is wrong as a whole, a part was typed
         place = f"{place}, {self.where}" if place == COMMAND_LINE and self.where != COMMAND_LINE else place
         shown = f"={value!r}" if not isinstance(value, dict) else ""
         self.problems.append(f"{key}{shown} {text} [{place}]")

@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import io
 import json
+import logging
 import math
 import os
 import shutil
@@ -59,6 +60,7 @@ def train(settings: Train) -> int:
             reader = _reader(settings)
             dist.once(reader.verify)
             settings = config.with_steps(settings, _stream(settings, reader).steps_an_epoch)
+            _tries(settings, dist.world())
             identity = _identity(settings, reader)
             found = dist.once(lambda: checkpoint.newest(path / "checkpoints"))
             if found and _finished(found, identity, settings, path):
@@ -82,7 +84,8 @@ def _train(settings: Train, path: Path, run: runs.Run, device: torch.device, rea
     method = build(settings).to(device)
     if settings.compile:
         _compile(method)
-    engine = Engine(method, optim.build(method, settings.optim), config.deepspeed(settings, dist.world()), device)
+    optimizer = optim.build(method, settings.optim, method.resting())
+    engine = Engine(method, optimizer, config.deepspeed(settings, dist.world()), device)
     start = checkpoint.load(found, engine) if found else 0
     last = min(settings.steps, settings.stop or settings.steps)
     before = checkpoint.state(found).get("way") if found else None
@@ -160,10 +163,33 @@ def build(settings: Train) -> Method:
     return method
 
 
+def _plan(settings: Train) -> Method:
+    """The method without the memory of its weights."""
+    with torch.device("meta"):
+        return build(settings)
+
+
+def _tries(settings: Train, world: int) -> None:
+    """Refuses what the encoder would choke on at the first step."""
+    tiles = config.rank_batch(settings, world) // settings.accumulate
+    if settings.encoder.batchnorm == "synchronised":
+        tiles *= settings.encoder.batchnorm_ranks or world
+    with torch.device("meta"):
+        encoder = Encoder(settings.encoder.name, settings.encoder.args, settings.encoder.mean, settings.encoder.std)
+    if tiles == 1 and has_any(encoder):
+        raise ConfigError([f"data.batch={settings.data.batch} on {world} ranks shows BatchNorm one tile at a time, "
+                           "which it cannot learn from; use a larger data.batch"
+                           + (", a smaller accumulate" if settings.accumulate > 1 else "")
+                           + (", or encoder.batchnorm=synchronised" if settings.encoder.batchnorm == "local" else "")])
+    for size in sorted({view.size for view in _plan(settings).views}):
+        encoder.tries(tiles, size)
+
+
 def _compile(method: Method) -> None:
     """Every encoder in place, so that no weight changes its name; a graph for each size of view."""
     if not any(map(shutil.which, (os.environ.get("CXX", "g++"), "c++", "g++", "clang++"))):
         raise ConfigError(["compile=true needs a C++ compiler, and no g++ or clang++ is in PATH; use compile=false"])
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)      # it tells of its own compiler's version
     for each in method.modules():
         if isinstance(each, Encoder):
             each.compile(dynamic=False)
@@ -233,8 +259,8 @@ def rehearse(settings: Train, world: int) -> dict[str, Any]:
     reader = _reader(settings)
     stream = _stream(settings, reader)
     settings = config.with_steps(settings, stream.steps_an_epoch)
-    with torch.device("meta"):
-        method = build(settings)
+    _tries(settings, world)
+    method = _plan(settings)
     weights = sum(parameter.numel() for parameter in method.parameters())
     path = Path(settings.run)
     dist.device(settings.device)
@@ -302,7 +328,8 @@ def _finished(found: Path, identity: dict[str, Any], settings: Train, path: Path
 def _hold(found: Path, identity: dict[str, Any], path: Path) -> int:
     """The step of a checkpoint, if it belongs to the run that the settings describe."""
     state = checkpoint.state(found)
-    if changed := _differences(state["identity"], identity):
+    plain = {"accumulate": 1}       # what is not written down
+    if changed := _differences({**plain, **state["identity"]}, {**plain, **identity}):
         raise ConfigError([f"{path} was begun with other settings: {change}; put it back, or choose another run folder"
                            for change in changed])
     return state["step"]
@@ -326,8 +353,8 @@ def _identity(settings: Train, reader: Reader) -> dict[str, Any]:
                                   ("seed", "steps", "precision", "encoder", "optim", "method")}))
     for name in ("checkpointing", *(() if settings.encoder.batchnorm_ranks else ("batchnorm_ranks",))):
         del tree["encoder"][name]       # the same numbers, whichever
-    if settings.accumulate > 1:
-        tree["accumulate"] = settings.accumulate        # of BatchNorm's batches
+    if settings.accumulate > 1 and has_any(_plan(settings)):
+        tree["accumulate"] = settings.accumulate        # BatchNorm sees smaller batches
     return {**tree, "data": data, "shards": [found.fingerprint for found in reader.indexes]}
 
 

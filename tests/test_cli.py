@@ -105,6 +105,23 @@ def test_a_methods_own_keys_are_held_as_strictly(somewhere: Path, word: str, nee
         config.load_train(str(ROOT / "configs" / "demo.yaml"),
                           [f"run={somewhere / 'run'}", f"data.shards=[{somewhere}]", word])
     assert all(needle in str(refusal.value) for needle in needles), str(refusal.value)
+    assert "[command line, " in str(refusal.value)
+
+
+@pytest.mark.parametrize(("words", "expected"), [
+    ([], (50, 0, 0)), (["steps=4"], (4, 0, 0)), (["epochs=2"], (0, 2, 0)), (["samples=640"], (0, 0, 640)),
+    (["steps=0", "epochs=2"], (0, 2, 0))])
+def test_a_length_that_is_typed_stands_in_for_the_recipes(somewhere: Path, tmp_path: Path, words: list[str],
+                                                          expected: tuple) -> None:
+    from ssl_dist import config, schema
+
+    (tmp_path / "mine.yaml").write_text(f"run: here\nsteps: 50\ndata: {{shards: [{somewhere}]}}\n"
+                                        "method: {name: simclr}\n")
+    for load in (config.load_train, lambda *told: config.load(config.Train, *told)):
+        found = load(str(tmp_path / "mine.yaml"), words)
+        assert (found.steps, found.epochs, found.samples) == expected
+    with pytest.raises(schema.ConfigError, match=r"steps=4 and epochs=2 .* \[command line, .*mine.yaml\]"):
+        config.load_train(str(tmp_path / "mine.yaml"), ["steps=4", "epochs=2"])
 
 
 def test_all_mistakes_come_in_one_list_with_their_lines(tmp_path: Path) -> None:

@@ -51,3 +51,10 @@ def test_what_methods_log_of_collapsed_features_is_a_symptom_and_of_healthy_ones
         row = {"loss": 1.0, **{key: float(value) for key, value in base.spread(features).items()}}
         told = heard([row] * PATIENCE)[-1]
         assert [words.split()[1].partition("=")[0] for words in told] == ([name] if name else [])
+
+
+def test_of_a_few_tiles_nothing_is_said() -> None:
+    """Through a BatchNorm two tiles are opposites, whatever the network: a rank of one, and no collapse."""
+    assert base.spread(torch.randn(base.FEW - 1, 16)) == {}
+    assert set(base.spread(torch.randn(base.FEW, 16))) == {"deviation", "rank"}
+    assert not any(heard([{"loss": 1.0}] * 20))

@@ -323,6 +323,29 @@ def test_two_runs_of_one_stage_keep_the_limit_together(folders: list[Path], tmp_
     assert max(look.used for look in looks) <= 150_000
 
 
+def test_no_copy_gets_its_name_while_somebody_counts_what_is_there(folders: list[Path], tmp_path: Path,
+                                                                   monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who lists a folder and then asks for sizes would find neither the draft nor the copy, and take too much room."""
+    written, go = threading.Event(), threading.Event()
+    plainly = Stage._write
+
+    def slowly(self: Stage, copy: Copy, draft: int) -> None:
+        plainly(self, copy, draft)
+        written.set()
+        assert go.wait(60)
+
+    monkeypatch.setattr(Stage, "_write", slowly)
+    mine = reader(folders, tmp_path / "stage")
+    mine.follow(stream(mine), 0, 100, copying=True)
+    assert written.wait(60)
+    with (tmp_path / "stage/lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        go.set()
+        time.sleep(0.3)
+        assert not there(tmp_path / "stage")
+    until(lambda: there(tmp_path / "stage"))
+
+
 def test_a_url_exceeds_the_limit_by_one_tar_or_is_refused_where_one_step_needs_more(folders: list[Path],
                                                                                     tmp_path: Path) -> None:
     plain = reader(folders[:1])

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +14,9 @@ from sklearn.neighbors import NearestNeighbors
 from shards import index
 from shards.index import ShardError
 from ssl_dist.config import Eval, EvalData
-from ssl_dist.data.reader import Reader
 from ssl_dist.eval import features, knn, metrics
 from ssl_dist.models import encoder as encoders
-from ssl_dist.models.encoder import Encoder
+from ssl_dist.models.encoder import Encoder, EncoderError
 
 QUERIES, BANK, WIDTH, CLASSES = 70, 200, 12, 5
 RANDOM = np.random.default_rng(0)
@@ -98,6 +98,18 @@ def relabelled(shard: Path, copy: Path, **columns: object) -> Path:
     return copy
 
 
+def plainly(bank: np.ndarray, known: np.ndarray, query: np.ndarray, classes: int) -> list[int]:
+    """The vote of scikit-learn's five nearest neighbours."""
+    distance, place = NearestNeighbors(n_neighbors=5, metric="cosine", algorithm="brute").fit(bank).kneighbors(query)
+    guess = []
+    for row in range(len(query)):
+        votes = np.zeros(classes)
+        for far, where in zip(distance[row], place[row], strict=True):
+            votes[known[where]] += math.exp((1 - far) / 0.07)
+        guess.append(int(votes.argmax()))
+    return guess
+
+
 def test_the_protocol_gives_what_scikit_learn_makes_of_the_same_features(exported: Path, shard: Path,
                                                                          tmp_path: Path) -> None:
     result = run(settings(exported, shard, tmp_path))
@@ -113,19 +125,21 @@ def test_the_protocol_gives_what_scikit_learn_makes_of_the_same_features(exporte
         assert own.labels_S.tolist() == table["label"].to_pylist()
         assert own.patients == table["patient"].to_pylist()
     (bank, known), (query, truth) = found["train"], found["test"]
-    distance, place = NearestNeighbors(n_neighbors=5, metric="cosine", algorithm="brute").fit(bank).kneighbors(query)
-    guess = []
-    for row in range(len(query)):
-        votes = np.zeros(len(result["classes"]))
-        for far, where in zip(distance[row], place[row], strict=True):
-            votes[known[where]] += math.exp((1 - far) / 0.07)
-        guess.append(int(votes.argmax()))
-    apart = np.abs(np.array(result["confusion"]) - confusion_matrix(truth, guess, labels=range(len(votes)))).sum()
-    assert apart <= 2, "more than one tile is told apart otherwise"         # one on the edge may fall either way
-    assert result["metrics"]["accuracy"] == pytest.approx(accuracy_score(truth, guess), abs=1.01 / len(truth))
     assert result["counts"]["queries"] == len(truth)
     assert result["counts"]["bank"] == len(known)
-    assert result["baselines"]["random"]["accuracy"] <= 1
+    guess = plainly(bank, known, query, len(result["classes"]))
+    told = confusion_matrix(truth, guess, labels=range(len(result["classes"])))
+    apart = np.abs(np.array(result["confusion"]) - told).sum()
+    assert apart <= 2, "more than one tile is told apart otherwise"         # one on the edge may fall either way
+    assert result["metrics"]["accuracy"] == pytest.approx(accuracy_score(truth, guess), abs=1.01 / len(truth))
+    torch.manual_seed(result["seed"])
+    fresh = Encoder("test_resnet", {}, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+    untrained = [features.extract(fresh, features.labelled([shard], split), size=64, batch=9, threads=1,
+                                  device=torch.device("cpu"), progress=lambda *_: None).numpy()
+                 for split in ("train", "test")]
+    guess = plainly(untrained[0], known, untrained[1], len(result["classes"]))
+    assert result["baselines"]["random"]["accuracy"] == pytest.approx(accuracy_score(truth, guess),
+                                                                      abs=1.01 / len(truth))
     assert (tmp_path / "knn_neighbours.png").is_file()
 
 
@@ -163,7 +177,30 @@ def test_tiles_without_a_label_take_no_part(shard: Path, tmp_path: Path) -> None
         features.labelled([relabelled(shard, tmp_path / "none", label=[index.NO_LABEL] * len(labels))], "train")
 
 
-def test_more_neighbours_than_tiles_are_refused(exported: Path, shard: Path, tmp_path: Path) -> None:
-    count = len(Reader([shard], "train").all_rows())
-    with pytest.raises(ShardError, match=f"k={count + 1} neighbours are more than"):
+def test_more_neighbours_than_tiles_are_refused_before_a_tile_is_read(exported: Path, shard: Path, tmp_path: Path,
+                                                                      monkeypatch: pytest.MonkeyPatch) -> None:
+    count = len(features.labelled([shard], "train").rows)
+    monkeypatch.setattr(features, "extract", None)
+    with pytest.raises(ShardError, match=f"k={count + 1} neighbours are more than the {count} tiles"):
         run(settings(exported, shard, tmp_path, k=count + 1))
+
+
+def test_a_size_that_the_encoder_does_not_take_is_refused_before_shards_are_opened(shard: Path, tmp_path: Path,
+                                                                                   monkeypatch: pytest.MonkeyPatch,
+                                                                                   ) -> None:
+    Encoder("test_vit", {"img_size": 48, "patch_size": 16, "dynamic_img_size": False}, (0.5,) * 3,
+            (0.5,) * 3).save(tmp_path / "vit", 48, {})
+    monkeypatch.setattr(features, "labelled", None)
+    with pytest.raises(EncoderError, match="tiles of 64 pixels"):
+        run(settings(tmp_path / "vit", shard, tmp_path))
+
+
+def test_a_run_folder_is_no_encoder_and_a_card_that_was_torn_is_said_to_be(exported: Path, shard: Path,
+                                                                           tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    with pytest.raises(EncoderError, match="is not an exported encoder"):
+        run(settings(tmp_path / "run", shard, tmp_path, size=None))
+    torn = Path(shutil.copytree(exported, tmp_path / "torn"))
+    (torn / "config.json").write_text((exported / "config.json").read_text()[:40])
+    with pytest.raises(EncoderError, match="not readable"):
+        run(settings(torn, shard, tmp_path, size=None))

@@ -2,13 +2,13 @@
 
 import io
 import json
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from sklearn.linear_model import LogisticRegression
 from torch import nn
 
 from shards.index import ShardError
@@ -56,23 +56,31 @@ def test_a_probe_that_began_at_another_strength_guesses_as_one_that_did_not() ->
         assert (probe.predict(query) == alone.predict(query)).mean() > 0.99, strength
 
 
-def test_no_patient_is_on_both_sides_of_the_choice(monkeypatch: pytest.MonkeyPatch) -> None:
-    bank, known = clouds(240, 0)
+def test_no_patient_is_on_both_sides_of_the_choice_and_no_tile_is_left_out() -> None:
+    _, known = clouds(240, 0)
     groups = np.array([f"patient {number % 12}" for number in range(240)])
-    seen: list[np.ndarray] = []
-    plain = linear.probes
+    for seed in range(5):
+        learn, held = linear.parted(known, groups, seed)
+        assert sorted([*learn, *held]) == list(range(240))
+        assert not set(groups[learn]) & set(groups[held])
+        assert 2 <= len(set(groups[held])) <= 4
 
-    def spying(some: np.ndarray, labels: np.ndarray, strengths: Sequence[float]) -> Iterator:
-        seen.append(some)
-        return plain(some, labels, strengths)
 
-    monkeypatch.setattr(linear, "probes", spying)
-    linear.choose(bank, known, groups, seed=0)
-    place = {row.tobytes(): group for row, group in zip(bank, groups, strict=True)}
-    learning = {place[row.tobytes()] for row in seen[0]}
-    assert len(seen) == 1
-    assert 8 <= len(learning) <= 10
-    assert len(seen[0]) == 20 * len(learning), "some tiles of a patient are held out and others are not"
+def test_the_strength_is_the_one_that_is_best_on_the_tiles_held_out() -> None:
+    """Each strength anew, by scikit-learn alone; few tiles and many features, so that strengths differ."""
+    rng = np.random.default_rng(3)
+    known, groups = rng.integers(0, 3, 200), np.arange(200) % 20
+    bank = rng.normal(size=(200, 60)) + 0.4 * (np.arange(60)[None] % 3 == known[:, None])
+    learn, held = linear.parted(known, groups, 0)
+    mean, deviation = bank[learn].mean(axis=0), bank[learn].std(axis=0)
+    right = {}
+    for strength in linear.STRENGTHS:
+        probe = LogisticRegression(C=strength, max_iter=5000).fit((bank[learn] - mean) / deviation, known[learn])
+        right[strength] = float((probe.predict((bank[held] - mean) / deviation) == known[held]).mean())
+    assert len(set(right.values())) > 3
+    strength, accuracy = linear.choose(bank, known, groups, seed=0)
+    assert accuracy == pytest.approx(max(right.values()), abs=1.01 / len(held))
+    assert right[strength] == pytest.approx(max(right.values()), abs=1.01 / len(held))
 
 
 def test_where_features_say_nothing_the_probe_is_held_back_and_where_they_say_all_it_is_right() -> None:
@@ -125,6 +133,9 @@ def test_the_protocol_writes_what_it_chose_and_its_baselines(shard: Path, tmp_pa
     split, query = features.labelled([shard], "train"), features.labelled([shard], "test")
     bank, asked = (features.colours(each, batch=64, threads=1, progress=lambda *_: None).numpy()
                    for each in (split, query))
-    probe = linear.fitted(bank, split.labels_S.numpy(), result["baselines"]["colours"]["C"])
+    strength, held_out = linear.choose(bank, split.labels_S.numpy(), linear.groups(split), settings.seed)
+    assert result["baselines"]["colours"]["C"] == strength
+    assert result["baselines"]["colours"]["accuracy_held_out"] == pytest.approx(held_out, abs=1e-4)
+    probe = linear.fitted(bank, split.labels_S.numpy(), strength)
     assert result["baselines"]["colours"]["accuracy"] == pytest.approx(
         float((probe.predict(asked) == query.labels_S.numpy()).mean()), abs=1e-4)

@@ -12,6 +12,7 @@ import timm
 import torch
 from torch import nn
 
+from ssl_dist import config
 from ssl_dist.models import encoder as encoders
 from ssl_dist.models.batchnorm import SyncBatchNorm, synchronise
 from ssl_dist.models.encoder import Encoder, EncoderError
@@ -218,3 +219,35 @@ def test_an_argument_that_the_network_does_not_know_is_named_and_no_other_networ
     with pytest.raises(EncoderError, match="'depht': 3") as refused:
         Encoder("resnet18", {"depht": 3}, MEAN, STD)
     assert "near it" not in str(refused.value)
+
+
+def test_null_takes_an_argument_of_a_recipe_away() -> None:
+    found = Encoder("test_resnet", {"stem_type": None, "channels": [16, 24, 32, 40]}, MEAN, STD)
+    assert found.args == {"channels": [16, 24, 32, 40]}
+
+
+@pytest.mark.parametrize(("args", "needle"), [({"{img_size:64}": None}, "a space follows each colon"),
+                                              ({"in_chans": 1}, "3 channels")])
+def test_what_is_no_argument_or_none_for_tiles_is_refused(args: dict, needle: str) -> None:
+    (broken,) = config.Encoder(args=args).rules()
+    assert needle in broken
+    assert config.Encoder(args={"img_size": 64, "in_chans": 3}).rules() == []
+
+
+def test_a_network_that_gives_no_vectors_is_refused() -> None:
+    with pytest.raises(EncoderError, match="features_only"):
+        Encoder("test_resnet", {"features_only": True}, MEAN, STD)
+
+
+@pytest.mark.parametrize(("name", "args", "good", "bad"), [
+    ("vit_tiny_patch16_224", {"img_size": 64}, 64, 96),
+    ("vit_tiny_patch16_224", {"img_size": 64, "dynamic_img_size": True}, 96, 100),
+    ("swin_tiny_patch4_window7_224", {}, 224, 64),
+    ("mixer_s16_224", {}, 224, 192)])
+def test_tiles_that_a_network_does_not_take_are_refused_before_it_has_weights(name: str, args: dict, good: int,
+                                                                             bad: int) -> None:
+    with torch.device("meta"):
+        found = Encoder(name, args, MEAN, STD).eval()
+    found.tries(2, good)
+    with pytest.raises(EncoderError, match=rf"no 2 tiles of {bad} pixels .*encoder\.args\.img_size={bad}"):
+        found.tries(2, bad)

@@ -149,6 +149,23 @@ def test_every_optimizer_decays_by_what_the_config_says(name: str) -> None:
         torch.testing.assert_close(parameter.detach(), before[key] * factor)
 
 
+def test_lars_never_decays_vectors_and_says_so() -> None:
+    assert Optim(name="lars").rules() == [] and Optim(name="sgd", decay_vectors=True).rules() == []
+    (broken,) = Optim(name="lars", decay_vectors=True).rules()
+    assert "use decay_vectors=false" in broken
+
+
+def test_a_weight_that_rests_is_a_group_of_its_own_and_no_weight_is_in_two() -> None:
+    model = network()
+    kernel, bias = model[0].weight, model[3].bias
+    told = Optim(lr=1.0, lr_vectors=0.5)
+    groups = optim.groups(model, told, [kernel, bias])
+    assert [each for each in groups[2]["params"]] == [kernel] and [each for each in groups[3]["params"]] == [bias]
+    assert [(group["share"], group["decay"]) for group in groups] == [(1, 1), (0.5, 0), (1, 1), (0.5, 0)]
+    held = [id(each) for group in groups for each in group["params"]]
+    assert sorted(held) == sorted(id(each) for each in model.parameters())
+
+
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 def test_sgd_with_nesterov_agrees_with_plain_loops(momentum: float) -> None:
     model = network()

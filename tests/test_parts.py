@@ -1,6 +1,7 @@
 """Batches in parts, encoders that are compiled or keep less in memory: what is refused, and what must not change."""
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -144,3 +145,33 @@ def test_what_does_not_change_the_numbers_is_no_part_of_a_runs_identity() -> Non
         assert train._identity(dataclasses.replace(plain, **change), Nothing()) == before       # type: ignore[arg-type]
     for change in ({"accumulate": 2}, {"encoder": config.Encoder(batchnorm_ranks=2)}):
         assert train._identity(dataclasses.replace(plain, **change), Nothing()) != before       # type: ignore[arg-type]
+    vit = dataclasses.replace(plain, encoder=config.Encoder("vit_tiny_patch16_224", VIT))
+    parted = dataclasses.replace(vit, accumulate=2)
+    assert train._identity(vit, Nothing()) == train._identity(parted, Nothing()), "it has no BatchNorm"   # type: ignore
+
+
+def test_whoever_goes_on_in_other_parts_is_told_the_two_numbers(tmp_path: Path) -> None:
+    (tmp_path / "state.json").write_text(json.dumps({"step": 3, "identity": {"seed": 0, "accumulate": 2}}))
+    with pytest.raises(ConfigError, match="accumulate was 2, now 1"):
+        train._hold(tmp_path, {"seed": 0}, tmp_path)
+    assert train._hold(tmp_path, {"seed": 0, "accumulate": 2}, tmp_path) == 3
+
+
+def test_views_that_the_network_does_not_take_are_refused_before_the_first_step() -> None:
+    vit = {"method": {"name": "dino"}, "encoder": config.Encoder("vit_tiny_patch16_224", {"img_size": 224})}
+    with pytest.raises(EncoderError, match=r"tiles of 96 pixels .*dynamic_img_size=true"):
+        train._tries(dataclasses.replace(told(), **vit), 1)
+    fitting = config.Encoder("vit_tiny_patch16_224", {"img_size": 224, "dynamic_img_size": True})
+    train._tries(dataclasses.replace(told(), **{**vit, "encoder": fitting}), 1)
+
+
+@pytest.mark.parametrize(("batch", "world", "how", "needle"), [
+    (4, 4, {"encoder": config.Encoder(batchnorm="local")}, "encoder.batchnorm=synchronised"),
+    (4, 4, {"encoder": config.Encoder(batchnorm_ranks=1)}, "use a larger data.batch"),
+    (4, 1, {"accumulate": 4}, "a smaller accumulate")])
+def test_a_batchnorm_that_would_see_one_tile_is_refused(batch: int, world: int, how: dict, needle: str) -> None:
+    with pytest.raises(ConfigError, match="one tile at a time") as refused:
+        train._tries(told(batch=batch, **how), world)
+    assert needle in str(refused.value) and f"data.batch={batch} on {world} ranks" in str(refused.value)
+    train._tries(told(batch=2 * batch, **how), world)
+    train._tries(told(batch=batch, **{**how, "encoder": config.Encoder("vit_tiny_patch16_224")}), world)

@@ -1,6 +1,6 @@
 """Copies of tars on a local disk: those that are needed next, within a limit, shared by a machine. The only fsspec.
 
-    STAGE/lock                      held by whoever makes room
+    STAGE/lock                      held by whoever makes room, or gives a file its last name: none is missed in a count
     STAGE/2ace000a518e4032/         of one shard folder, by its fingerprint
         breast-000000.tar           a copy: whole, and what index.json says
         .breast-000001.tar.draft    in the making, locked by who makes it; unlocked: its maker was killed
@@ -159,8 +159,9 @@ class Stage:
                 os.close(self._now(copy))
             found = index.read(draft)
             if (fingerprint := index.fingerprint(draft, found)) == found.fingerprint:
-                for name in ("samples.arrow", "index.json"):
-                    (draft / name).replace(home / name)
+                with self._locked():
+                    for name in ("samples.arrow", "index.json"):
+                        (draft / name).replace(home / name)
                 draft.rmdir()
                 return
         shutil.rmtree(draft, ignore_errors=True)
@@ -279,7 +280,8 @@ class Stage:
             self._reserve(copy, descriptor, sooner)
             self._write(copy, descriptor)
             os.fsync(descriptor)
-            draft.replace(copy.path)
+            with self._locked():
+                draft.replace(copy.path)
             made = True
         finally:
             if not made:
@@ -327,8 +329,7 @@ class Stage:
 
     def _reserve(self, copy: Copy, draft: int, sooner: list[Path] | None) -> None:
         """Makes room for the copy and takes it at once, by giving the draft its whole length."""
-        with (self.folder / "lock").open("a") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)        # until it is closed
+        with self._locked():
             os.ftruncate(draft, 0)
             files = self._files()
             used = sum(status.st_size for status in files.values())
@@ -355,6 +356,13 @@ class Stage:
             if copy.size > self._free():        # somebody has what was removed still open, and its room comes later
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.folder))
             os.ftruncate(draft, copy.size)
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        """Alone, of all processes that use the stage."""
+        with (self.folder / "lock").open("a") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)        # until it is closed
+            yield
 
     def _free(self) -> int:
         disk = os.statvfs(self.folder)

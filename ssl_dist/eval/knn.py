@@ -39,9 +39,11 @@ def run(settings: Eval, device: torch.device, threads: int, progress: Progress) 
     """The protocol: features of both splits, a vote for every query, and the same for each baseline."""
     shown: list[tuple[Tensor, Tensor]] = []         # of the encoder, which is judged first
 
+    def allow(bank: Split) -> None:
+        if len(bank.rows) < settings.k:
+            raise ShardError(f"k={settings.k} neighbours are more than the {len(bank.rows)} tiles of the bank; lower k")
+
     def judge(bank_BD: Tensor, bank: Split, query_QD: Tensor, query: Split) -> Verdict:      # noqa: ARG001
-        if len(bank_BD) < settings.k:
-            raise ShardError(f"k={settings.k} neighbours are more than the {len(bank_BD)} tiles of the bank; lower k")
         similarity_QK, places_QK = neighbours(query_QD, bank_BD, settings.k)
         answers_Q = vote(similarity_QK, bank.labels_S[places_QK], len(bank.classes), settings.temperature)
         shown.append((places_QK, answers_Q))
@@ -51,7 +53,7 @@ def run(settings: Eval, device: torch.device, threads: int, progress: Progress) 
         _sheet(bank, query, *shown[0], out / "knn_neighbours.png")
         return ["knn_neighbours.png"]
 
-    return protocol.run(settings, judge, device, threads, progress, draw)
+    return protocol.run(settings, judge, device, threads, progress, allow, draw)
 
 
 def _sheet(bank: Split, query: Split, places_QK: Tensor, answer_Q: Tensor, out: Path, rows: int = 8) -> None:

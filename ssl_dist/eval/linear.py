@@ -38,7 +38,10 @@ def run(settings: Eval, device: torch.device, threads: int, progress: Progress) 
         return Verdict(torch.from_numpy(probe.predict(query_QD.numpy())),
                        {"C": strength, "accuracy_held_out": round(chosen_by, 4)})
 
-    return protocol.run(settings, judge, device, threads, progress)
+    def allow(bank: Split) -> None:
+        parted(bank.labels_S.numpy(), groups(bank), settings.seed)
+
+    return protocol.run(settings, judge, device, threads, progress, allow)
 
 
 def groups(split: Split) -> np.ndarray:
@@ -49,19 +52,23 @@ def groups(split: Split) -> np.ndarray:
 
 def choose(bank_BD: np.ndarray, labels_B: np.ndarray, groups_B: np.ndarray, seed: int) -> tuple[float, float]:
     """The strength that is best on the held-out part, and how good it is there; of equals the most held back."""
-    if len(np.unique(groups_B)) < 2:
-        raise ShardError("the bank is of one patient: no part of it can be held out to choose the probe by; take more")
-    parts = GroupShuffleSplit(8, test_size=HELD_OUT, random_state=seed).split(bank_BD, labels_B, groups_B)
-    # Of several drawings the first whose learning part knows every class.
-    learn, held = next(((some, other) for some, other in parts
-                        if len(np.unique(labels_B[some])) == len(np.unique(labels_B))), (None, None))
-    if learn is None:
-        raise ShardError("some class of the bank is of one patient only, so that the probe cannot be chosen without "
-                         "it; add patients of that class, or leave the class out")
+    learn, held = parted(labels_B, groups_B, seed)
     found = [(float(probe.score(bank_BD[held], labels_B[held])), strength)
              for strength, probe in probes(bank_BD[learn], labels_B[learn], STRENGTHS)]
     best = max(accuracy for accuracy, _ in found)
     return next(strength for accuracy, strength in found if accuracy == best), best
+
+
+def parted(labels_B: np.ndarray, groups_B: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """The tiles to learn from and those held out, no group in both: of several drawings the first whose learning part
+    knows every class."""
+    if len(np.unique(groups_B)) < 2:
+        raise ShardError("the bank is of one patient: no part of it can be held out to choose the probe by; take more")
+    for learn, held in GroupShuffleSplit(8, test_size=HELD_OUT, random_state=seed).split(labels_B, labels_B, groups_B):
+        if len(np.unique(labels_B[learn])) == len(np.unique(labels_B)):
+            return learn, held
+    raise ShardError("some class of the bank is of one patient only, so that the probe cannot be chosen without it; "
+                     "add patients of that class, or leave the class out")
 
 
 def probes(bank_BD: np.ndarray, labels_B: np.ndarray, strengths: Sequence[float]) -> Iterator[tuple[float, Pipeline]]:

@@ -38,10 +38,17 @@ Judge = Callable[[Tensor, Split, Tensor, Split], Verdict]           # features o
 
 
 def run(settings: Eval, judge: Judge, device: torch.device, threads: int, progress: Progress,
+        allow: Callable[[Split], None] = lambda _: None,
         draw: Callable[[Split, Split, Path], list[str]] = lambda *_: []) -> dict[str, Any]:
-    """Judges the encoder and every baseline; writes and returns the result. `draw` may add pictures."""
+    """Judges the encoder and every baseline; writes and returns the result.
+
+    `allow` refuses a bank that cannot be judged by, before anything is computed; `draw` may add pictures.
+    """
+    size = settings.size or encoders.trained_size(settings.encoder)
+    with torch.device("meta"):
+        encoders.build(settings.encoder).eval().tries(1, size)
     with _compared(settings) as (bank, query):
-        size = settings.size or encoders.trained_size(settings.encoder)
+        allow(bank)
         verdicts = {}
         for what in ("encoder", *settings.baselines):
             measure = _measure(what, settings, size, device, threads)

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from ssl_dist import dist
 from ssl_dist.data.batch import Batch, View, each
 
+FEW = 8     # tiles, of which the spread says nothing
+
 
 class Method(nn.Module, ABC):
     """An encoder and what teaches it. The training loop knows nothing else."""
@@ -31,6 +33,10 @@ class Method(nn.Module, ABC):
 
     def after_step(self, progress: float) -> None:
         """What moves without a gradient, once an optimizer step: a teacher, a queue, a centre."""
+
+    def resting(self) -> list[nn.Parameter]:
+        """Weights that learn, but not all the time (`freeze`): the optimizer counts their steps apart."""
+        return []
 
 
 def pair(views: Sequence[View], who: str) -> list[str]:
@@ -98,8 +104,12 @@ def spread(features_BD: Tensor) -> dict[str, Tensor]:
     """How far features are from all being one: 1 is as far as can be for the deviation, min(B, D) for the rank.
 
     The rank is the participation ratio of the spectrum, (sum of eigenvalues)² / sum of their squares: it takes one
-    small matrix product, and falls when features follow each other.
+    small matrix product, and falls when features follow each other. Where a rank has few tiles, those of all ranks.
     """
+    if len(features_BD) < FEW:      # of so few nothing can be said; and BatchNorm has made two of them opposites
+        features_BD = dist.gather_with_gradient(features_BD)
+    if len(features_BD) < FEW:
+        return {}
     unit = F.normalize(features_BD.float(), dim=1)
     centred = unit - unit.mean(dim=0)
     gram = centred @ centred.T if len(centred) < centred.shape[1] else centred.T @ centred

@@ -63,9 +63,18 @@ class Method(base.Method):
         """The teacher's."""
         return self.teacher["encoder"]
 
+    @property
+    def last(self) -> nn.Parameter:
+        """The last layer of the student's head."""
+        return cast(DinoHead, self.student["head"]).last
+
+    def resting(self) -> list[nn.Parameter]:
+        """The last layer, at the start."""
+        return [self.last] if self.config.frozen else []
+
     def forward(self, batch: Batch, progress: float) -> dict[str, Tensor]:
         """The loss, and the entropies that show a collapse: to one answer (0), or to none (ln K)."""
-        base.freeze(cast(DinoHead, self.student["head"]).last, progress < self.config.frozen)
+        base.freeze(self.last, progress < self.config.frozen)
         features = base.by_size(self.student["encoder"], batch.views)
         student = self.student["head"](features).chunk(len(batch.views))
         with torch.no_grad():

@@ -53,6 +53,10 @@ class Method(base.Method):
         self.queues = nn.ModuleList(base.Queue(config.queue, config.width) for _ in range(self.large)
                                     if config.queue)
 
+    def resting(self) -> list[nn.Parameter]:
+        """The prototypes, at the start."""
+        return [self.prototypes.weight] if self.config.frozen else []
+
     def forward(self, batch: Batch, progress: float) -> dict[str, Tensor]:
         """The loss, and of the prototypes that could be some tile's first choice, how many are."""
         base.freeze(self.prototypes.weight, progress < self.config.frozen)

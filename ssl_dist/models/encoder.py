@@ -30,16 +30,17 @@ class Encoder(nn.Module):
 
     def __init__(self, name: str, args: dict[str, Any], mean: tuple[float, ...], std: tuple[float, ...]):
         super().__init__()
-        self.name, self.args, self.mean, self.std = name, dict(args), tuple(mean), tuple(std)
+        args = {key: value for key, value in args.items() if value is not None}     # null takes a recipe's away
+        self.name, self.args, self.mean, self.std = name, args, tuple(mean), tuple(std)
         try:
             self.network = timm.create_model(name, pretrained=False, num_classes=0, **_tuples(args))
-        except (RuntimeError, TypeError, ValueError, AssertionError) as error:
+            # Where the head has a layer of its own (MobileNetV3, VGG), num_features is the width before that layer.
+            network = cast(Any, self.network)
+            self.width = int(getattr(network, "head_hidden_size", None) or network.num_features)
+        except (RuntimeError, TypeError, ValueError, AssertionError, AttributeError) as error:
             close = [] if timm.is_model(name) else difflib.get_close_matches(name.lower(), timm.list_models(), n=3)
             raise EncoderError(f"timm cannot build encoder.name={name!r} with encoder.args={args} ({error})"
                                + (f"; near it: {', '.join(close)}" if close else "")) from None
-        # Where the head has a layer of its own (MobileNetV3, VGG), num_features is the width before that layer.
-        network = cast(Any, self.network)
-        self.width = int(getattr(network, "head_hidden_size", None) or network.num_features)
         self.register_buffer("_mean_C", torch.tensor(mean).view(1, 3, 1, 1) * 255, persistent=False)
         self.register_buffer("_std_C", torch.tensor(std).view(1, 3, 1, 1) * 255, persistent=False)
 
@@ -48,6 +49,18 @@ class Encoder(nn.Module):
         # A permuted view of HWC is channels_last already: no copy but the one that changes the type.
         pixels_B3HW = pixels_BHW3.permute(0, 3, 1, 2).to(self._mean_C.dtype)
         return self.network((pixels_B3HW - self._mean_C) / self._std_C)
+
+    @torch.no_grad()
+    def tries(self, rows: int, size: int) -> None:
+        """Refuses tiles that the network does not take; on the meta device, where nothing is computed, at once."""
+        try:
+            self(torch.empty(rows, size, size, 3, dtype=torch.uint8, device=self._mean_C.device))
+        except (RuntimeError, ValueError, AssertionError, TypeError) as error:
+            if "meta" in str(error):        # of an operation that the device does not know nothing can be said
+                return
+            raise EncoderError(f"{self.name} with encoder.args={self.args} takes no {rows} tiles of {size} pixels "
+                               f"({error}); a ViT needs encoder.args.img_size={size}, or "
+                               "encoder.args.dynamic_img_size=true for views of several sizes") from None
 
     def checkpoint(self) -> None:
         """From now on activations are computed a second time for the backward pass instead of being kept."""
@@ -86,7 +99,7 @@ def load(folder: Path) -> Encoder:
     try:
         loaded = timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=0)
         encoder.network.load_state_dict(loaded.state_dict())
-    except (RuntimeError, OSError, SafetensorError) as error:
+    except (RuntimeError, OSError, TypeError, SafetensorError) as error:
         raise EncoderError(f"{folder} does not hold the weights of {config['architecture']} ({error}); export it again "
                            "with: ssl-dist export RUN") from None
     return encoder
@@ -104,8 +117,9 @@ def build(folder: Path) -> Encoder:
 
 def trained_size(folder: Path) -> int:
     """The width in pixels of the views that an exported encoder was trained on."""
+    config = _config(folder)
     try:
-        return int(_config(folder)["pretrained_cfg"]["input_size"][-1])
+        return int(config["pretrained_cfg"]["input_size"][-1])
     except (KeyError, TypeError, IndexError, ValueError):
         raise EncoderError(f"{folder}/config.json does not say the size of its input; set size=") from None
 
