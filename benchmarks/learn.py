@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import measure
+import readme
 import yaml
 
 RECIPES = {"simclr": "simclr_r18_small", "moco": "moco_r18_small", "swav": "swav_r18_small",
@@ -63,15 +64,6 @@ def learn(method: str, seed: int, tiles: Path, folder: Path, known: dict[str, di
             "curves": {name: [row[name] for row in kept if name in row] for name in ("samples", *CURVES)}}
 
 
-def newest() -> dict[str, dict[int, dict[str, Any]]]:
-    """Of each method and seed the newest result."""
-    found: dict[str, dict[int, dict[str, Any]]] = {}
-    for path in sorted(measure.RESULTS.glob("learn_*.json"), key=lambda path: path.stem.rpartition("_")[2]):
-        result = json.loads(path.read_text())
-        found.setdefault(result["method"], {})[result["seed"]] = result
-    return found
-
-
 def draw(results: dict[str, dict[int, dict[str, Any]]]) -> Any:
     """Loss against tiles seen, and what encoders are worth beside their untrained selves and colours."""
     figure, (left, right) = measure.plt.subplots(1, 2, figsize=(11, 4), width_ratios=(3, 4), layout="constrained")
@@ -119,7 +111,7 @@ def main() -> None:
                 stamp = f"{datetime.now(UTC):%Y%m%dT%H%M%S}"
                 path = measure.RESULTS / f"learn_{method}-{seed}_{stamp}.json"
                 path.write_text(json.dumps(result, indent=1) + "\n")
-                draw(newest()).savefig(PICTURE, dpi=110)
+                draw(readme.learnt()).savefig(PICTURE, dpi=110)
                 measure.plt.close("all")
 
 
