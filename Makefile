@@ -5,7 +5,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/ready
 
-.PHONY: demo test bench lint readme clean
+.PHONY: demo test bench learn lint readme clean
 
 demo: $(READY)
 	@$(BIN)/ssl-dist demo
@@ -22,6 +22,11 @@ bench: $(READY)
 	@$(BIN)/python benchmarks/data.py --views dino
 	@$(BIN)/python benchmarks/stream.py
 	@$(BIN)/python benchmarks/shard.py
+	@$(BIN)/python benchmarks/train.py
+	@$(BIN)/python benchmarks/readme.py
+
+learn: $(READY)
+	@$(BIN)/python benchmarks/learn.py
 	@$(BIN)/python benchmarks/readme.py
 
 readme: $(READY)

@@ -21,8 +21,8 @@ def tree() -> str:
         lines += [*_folder(ROOT / package, 0), ""]
     for name, about in (("configs/", "YAML, one screen each; the first comment says what, on what, how long"),
                         ("tests/", "flat; test_house.py holds the rules, test_journey.py goes from slide to report"),
-                        ("benchmarks/", "images per second along the data path; results/ only grows"),
-                        ("Makefile", "demo, test, bench, lint"),
+                        ("benchmarks/", "the data path, cutting, training, what methods learn; results/ only grows"),
+                        ("Makefile", "demo, test, bench, learn, lint"),
                         ("constraints.txt", "the exact versions that were tested together")):
         lines.append(_line(0, name, about))
     return "```text\n" + "\n".join(lines) + "\n```"
@@ -179,7 +179,8 @@ def _train(found: dict) -> str:
     where = f"{', '.join(found['gpus'])}, " if found["device"] == "cuda" else ""
     return "\n".join(lines) + (
         f"\n\nThe same model and batches for all, AdamW; every contender finds the norm of the gradient, but where it "
-        f"says so. Medians of {found['rounds']} interleaved rounds, ratios of turns in one round. Of peak: operations "
+        "says so. DDP is as torch sets it, buffers broadcast at every step, but where it says so. Medians of "
+        f"{found['rounds']} interleaved rounds, ratios of turns in one round. Of peak: operations "
         "of convolutions and matrix products against what the GPU's data sheet says or, on a CPU, against matrix "
         "products of the same precision on all ranks at once. Memory: what a rank holds at most beyond its imports. "
         f"{where}{found['cpu']}, {found['cpus']} cores, torch {found['versions']['torch']}, DeepSpeed "

@@ -6,6 +6,7 @@ Ranks (as many as there are GPUs; two processes on a CPU), SimCLR on the same ra
 
     DDP                         torch's DistributedDataParallel and a plain loop: forward, backward, gradient norm, step
     DDP, no norm                the same without the norm, which our loop looks at before it steps
+    DDP, buffers apart          the same with what our engine sets: buffers not broadcast, gradients as views of buckets
     stage 0, 1, 2               our engine
     DeepSpeed alone, stage ...  deepspeed.initialize with nothing set but the stage
     stage 0, ...                our engine with synchronised BatchNorm, bf16 (and DDP with it), a compiled encoder
@@ -89,10 +90,11 @@ def ours(told: argparse.Namespace, batch: int, stage: int = 0, precision: str = 
     return step
 
 
-def ddp(told: argparse.Namespace, batch: int, precision: str = "fp32", *, norm: bool = True) -> Step:       # noqa: ARG001
+def ddp(told: argparse.Namespace, batch: int, precision: str = "fp32", *, norm: bool = True,       # noqa: ARG001
+        **options: bool) -> Step:
     """What one writes without DeepSpeed."""
     own = method(told).to(memory_format=torch.channels_last)
-    network: nn.Module = DistributedDataParallel(own) if dist.world() > 1 else own
+    network: nn.Module = DistributedDataParallel(own, **options) if dist.world() > 1 else own
     optimizer = optim.build(own, OPTIM)
 
     def step(tiles: Batch) -> None:
@@ -131,6 +133,7 @@ def contenders(told: argparse.Namespace, batch: int, world: int) -> dict[str, Ca
         "DDP": partial(ddp, told, batch), "DDP, no norm": partial(ddp, told, batch, norm=False),
         "stage 0": partial(ours, told, batch)}
     if world > 1:
+        found["DDP, buffers apart"] = partial(ddp, told, batch, broadcast_buffers=False, gradient_as_bucket_view=True)
         found |= {f"stage {stage}": partial(ours, told, batch, stage) for stage in (1, 2)}
         found["stage 0, synchronised BatchNorm"] = partial(ours, told, batch, together=True)
     found |= {f"DeepSpeed alone, stage {stage}": partial(alone, told, batch, stage)

@@ -61,6 +61,8 @@ def train(settings: Train) -> int:
             dist.once(reader.verify)
             settings = config.with_steps(settings, _stream(settings, reader).steps_an_epoch)
             _tries(settings, dist.world())
+            if words := _imitated(settings, device):
+                _tell(f"warning: {words}")
             identity = _identity(settings, reader)
             found = dist.once(lambda: checkpoint.newest(path / "checkpoints"))
             if found and _finished(found, identity, settings, path):
@@ -185,6 +187,14 @@ def _tries(settings: Train, world: int) -> None:
         encoder.tries(tiles, size)
 
 
+def _imitated(settings: Train, device: torch.device) -> str:
+    """A warning, where the processor has no bfloat16 of its own."""
+    if settings.precision != "bf16" or device.type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return ""
+    return ("precision=bf16 is imitated on this CPU, which has no bfloat16 of its own, and may take ten times as long "
+            "as precision=fp32")
+
+
 def _compile(method: Method) -> None:
     """Every encoder in place, so that no weight changes its name; a graph for each size of view."""
     if not any(map(shutil.which, (os.environ.get("CXX", "g++"), "c++", "g++", "clang++"))):
@@ -263,7 +273,7 @@ def rehearse(settings: Train, world: int) -> dict[str, Any]:
     method = _plan(settings)
     weights = sum(parameter.numel() for parameter in method.parameters())
     path = Path(settings.run)
-    dist.device(settings.device)
+    words = _imitated(settings, dist.device(settings.device))
     if path.exists() and not path.is_dir():
         raise ConfigError([f"run={path} is a file; choose a folder"])
     if found := checkpoint.newest(path / "checkpoints"):
@@ -277,7 +287,8 @@ def rehearse(settings: Train, world: int) -> dict[str, Any]:
             "steps": settings.steps, "epochs": round(settings.steps / stream.steps_an_epoch, 2),
             "learning rate at the top": float(f"{settings.optim.lr * config.lr_scale(settings):.4g}"),
             "tiles a rank and step": share, **_parts(settings, method, share), "parameters": weights,
-            "disk for checkpoints, GB": round(need / 1e9, 2), **_room(settings, reader)}
+            "disk for checkpoints, GB": round(need / 1e9, 2), **_room(settings, reader),
+            **({"warning": words} if words else {})}
 
 
 def _parts(settings: Train, method: Method, share: int) -> dict[str, Any]:

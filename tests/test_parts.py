@@ -175,3 +175,11 @@ def test_a_batchnorm_that_would_see_one_tile_is_refused(batch: int, world: int, 
     assert needle in str(refused.value) and f"data.batch={batch} on {world} ranks" in str(refused.value)
     train._tries(told(batch=2 * batch, **how), world)
     train._tries(told(batch=batch, **{**how, "encoder": config.Encoder("vit_tiny_patch16_224")}), world)
+
+
+def test_bf16_on_a_processor_without_it_is_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu, bf16 = torch.device("cpu"), told(precision="bf16")
+    for has in (True, False):
+        monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda has=has: has)
+        assert ("precision=fp32" in train._imitated(bf16, cpu)) == (not has)
+        assert train._imitated(told(), cpu) == train._imitated(bf16, torch.device("cuda")) == ""
