@@ -5,13 +5,16 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/ready
 
-.PHONY: demo test bench learn lint readme clean
+.PHONY: demo test test-faults bench learn lint readme clean
 
 demo: $(READY)
 	@$(BIN)/ssl-dist demo
 
 test: $(READY) lint
 	@$(BIN)/python -m pytest
+
+test-faults: $(READY)
+	@$(BIN)/python -m pytest -m faults
 
 lint: $(READY)
 	@$(BIN)/ruff check .

@@ -104,13 +104,15 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = asked.keep or Path(scratch)
         folder.mkdir(parents=True, exist_ok=True)
-        tiles, known = shards(folder), {}
+        tiles, asked_before = shards(folder), folder / "baselines.json"
+        known = json.loads(asked_before.read_text()) if asked_before.exists() else {}
         for seed in asked.seeds:
             for method in asked.methods:
                 result = {**measure.machine("scikit-learn"), **learn(method, seed, tiles, folder, known)}
                 stamp = f"{datetime.now(UTC):%Y%m%dT%H%M%S}"
                 path = measure.RESULTS / f"learn_{method}-{seed}_{stamp}.json"
                 path.write_text(json.dumps(result, indent=1) + "\n")
+                asked_before.write_text(json.dumps(known))
                 draw(readme.learnt()).savefig(PICTURE, dpi=110)
                 measure.plt.close("all")
 

@@ -1,13 +1,18 @@
 """One folder a step, complete or invisible.
 
-All ranks write into a hidden folder; when every file is on the disk, rank 0 lists them with size and digest in
-MANIFEST.json and renames the folder to the name that a resume looks for. Tensors are safetensors: nothing here can run.
+All ranks write into a hidden folder, beside the training where memory allows; when every file is on the disk, rank 0
+lists them with size and digest in MANIFEST.json and renames the folder to the name that a resume looks for. Tensors are
+safetensors: nothing here can run.
 """
 
 import hashlib
 import json
 import logging
+import os
 import shutil
+import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +21,15 @@ from safetensors.torch import save as tensors_to_bytes
 from torch import Tensor
 
 from shards import folder
-from ssl_dist import dist
+from shards.folder import StorageError
+from ssl_dist import config, dist, finite, points
 from ssl_dist.engine import Engine
+from ssl_dist.finite import NotFinite
 
 logger = logging.getLogger(__name__)
 
 FORMAT = 1
+SEEN = 120.0        # seconds until a folder that rank 0 renamed is seen on every machine: NFS takes its time
 
 
 class CheckpointError(RuntimeError):
@@ -30,45 +38,169 @@ class CheckpointError(RuntimeError):
     exit_code = 9
 
 
-def save(root: Path, step: int, engine: Engine, state: dict[str, Any], keep: int) -> Path:
-    """Writes `root`/step-000123 with all ranks; on return it is complete on every rank's view of the disk."""
-    final, draft = root / name(step), root / f".{name(step)}.tmp"
+class Saver:
+    """The checkpoints of one run, at most one in the making. All ranks call it alike, between two steps."""
 
-    def prepare() -> None:
-        shutil.rmtree(draft, ignore_errors=True)
-        folder.make(draft)
+    def __init__(self, root: Path, engine: Engine, told: config.Checkpoint, check: Callable[[], None] = lambda: None):
+        """`check` refuses to write where the folder is no longer ours."""
+        self.root, self.engine, self.told, self.check = root, engine, told, check
+        self._thread: threading.Thread | None = None
+        self._step = -1                 # of the one in the making
+        self._files: list[dict[str, Any]] = []
+        self._failure: Exception | None = None
+        self._failures = 0              # in a row
+        self._begun = time.monotonic()
+        self._sound: set[int] = set()   # steps whose files this process has written or read
 
-    dist.once(prepare)
-    moments = engine.moments()          # of all ranks: each may have a part of them
-    files, failure = [], None
-    try:
-        content = {f"rank-{dist.rank():05d}.safetensors": _bytes(engine.buffers())}
+    def due(self) -> bool:
+        """Whether so much time has passed that a checkpoint is wanted at any step; of rank 0's clock."""
+        return bool(self.told.minutes) and dist.rank() == 0 and time.monotonic() - self._begun > 60 * self.told.minutes
+
+    @property
+    def pending(self) -> bool:
+        """Whether a checkpoint was begun and is not published."""
+        return self._step >= 0
+
+    @property
+    def writing(self) -> bool:
+        """Whether this rank still writes."""
+        return self._thread is not None and self._thread.is_alive()
+
+    def begin(self, step: int, state: dict[str, Any]) -> None:
+        """Takes the state as it is now and writes it, in a thread where memory has room for a copy."""
+        assert not self.pending, "the checkpoint before this one was not published"
+        self._step, self._files, self._failure, self._begun = step, [], None, time.monotonic()
+        points.at("save.begin", step)
+        content = self._content(step, state)
+        dist.once(self._prepare)
+        if bad := [offender for tensors in content.values() if isinstance(tensors, dict)
+                   for offender in finite.offenders(tensors)]:
+            self._failure = NotFinite(f"{bad[0]} of step {step} holds a value that is no number; it was not saved")
+        elif self.told.background and _fits(content):
+            kept = {file: _copied(tensors) for file, tensors in content.items()}
+            self._thread = threading.Thread(target=self._write, args=(kept,), name="checkpoint", daemon=True)
+            self._thread.start()
+        else:
+            self._write(content)
+
+    def _content(self, step: int, state: dict[str, Any]) -> dict[str, dict[str, Tensor] | bytes]:
+        """What this rank writes, by the name of the file."""
+        moments = self.engine.moments()         # of all ranks: each may have a part of them
+        own: dict[str, dict[str, Tensor] | bytes] = {f"rank-{dist.rank():05d}.safetensors": self.engine.buffers()}
         if dist.rank() == 0:
-            content |= {"weights.safetensors": _bytes(engine.weights()),
-                        "optimizer.safetensors": _bytes(moments),
-                        "state.json": json.dumps({**state, "step": step, "world": dist.world()}, indent=2).encode()}
-        for file, data in content.items():
-            folder.write(draft / file, data)
-            files.append({"name": file, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()})
-    except OSError as error:
-        failure = error
-    outcomes = dist.gather((files, failure))
+            own |= {"weights.safetensors": self.engine.weights(), "optimizer.safetensors": moments,
+                    "state.json": json.dumps({**state, "step": step, "world": dist.world()}, indent=2).encode()}
+        return own
 
-    def publish() -> None:
-        if broken := [error for _, error in outcomes if error]:
-            shutil.rmtree(draft, ignore_errors=True)
-            raise broken[0]
-        folder.write_json(draft / "MANIFEST.json", {"format": FORMAT, "step": step, "world": dist.world(),
-                                                    "files": [file for files, _ in outcomes for file in files]})
-        shutil.rmtree(final, ignore_errors=True)        # a folder of this step that did not verify
-        folder.publish(draft, final)
+    @property
+    def _draft(self) -> Path:
+        return self.root / f".{name(self._step)}.tmp"
+
+    def _prepare(self) -> None:
+        self.check()
+        try:
+            shutil.rmtree(self._draft, ignore_errors=True)
+            folder.make(self._draft)
+        except OSError as error:
+            self._failure = error
+
+    def _write(self, content: dict[str, dict[str, Tensor] | bytes]) -> None:
+        if self._failure:
+            return
+        try:
+            for file, tensors in content.items():
+                data = tensors if isinstance(tensors, bytes) else _bytes(tensors)
+                points.at_side("save.file", self._step, self._draft / file)
+                folder.write(self._draft / file, data)
+                self._files.append({"name": file, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()})
+        except Exception as error:      # of a thread; `publish` tells it to all
+            self._failure = error
+
+    def publish(self, *, must: bool = False) -> Path | None:
+        """Waits until all ranks have written; on return the checkpoint is complete on every rank's view of the disk.
+
+        None where the disk refused, and the one before is still the newest; too often in a row, or where there `must`
+        be one, is an error.
+        """
+        if self._thread:
+            self._thread.join()
+            self._thread = None
+        step = self._step
+        points.at("save.written", step)
+        outcomes = dist.gather((self._files, self._failure))
+        try:
+            broken = [error for _, error in outcomes if error]
+            failure = broken[0] if broken else dist.once(lambda: self._publish([file for files, _ in outcomes
+                                                                                for file in files]))
+        finally:
+            draft, self._step = self._draft, -1
+        if failure is None:
+            self._failures = 0
+            _await(self.root / name(step) / "MANIFEST.json")
+            logger.info("saved %s", self.root / name(step))
+            return self.root / name(step)
+        dist.once(lambda: shutil.rmtree(draft, ignore_errors=True))
+        if not isinstance(failure, OSError):
+            raise failure
+        self._failures += 1
+        sentence = _refused(self.root, step, failure, dist.first(self._need()))
+        if must or self._failures >= self.told.failures:
+            raise StorageError(failure.errno, f"{sentence}; {self._failures} in a row")
+        if dist.rank() == 0:
+            logger.warning("%s; training goes on (%d of %d in a row)", sentence, self._failures, self.told.failures)
+        return None
+
+    def _publish(self, files: list[dict[str, Any]]) -> OSError | None:
+        """Rank 0: the list of files, and then the name. A disk that refuses is told to all."""
+        draft, final = self._draft, self.root / name(self._step)
+        self.check()
+        try:
+            points.at("save.manifest", self._step, draft / "MANIFEST.json")
+            folder.write_json(draft / "MANIFEST.json", {"format": FORMAT, "step": self._step, "world": dist.world(),
+                                                        "files": files})
+            shutil.rmtree(final, ignore_errors=True)        # a folder of this step that did not verify
+            points.at("save.rename", self._step, draft / "weights.safetensors")
+            folder.publish(draft, final)
+        except OSError as error:
+            return error
+        self._sound.add(self._step)
+        points.at("save.keep", self._step, final / "weights.safetensors")
+        self._retire()
+        return None
+
+    def _retire(self) -> None:
+        """Removes old ones, but never so many that fewer than two are left that hold what they say."""
         # Higher numbers are damaged folders that this attempt passed over; counting them would throw away sound ones.
-        for old in [older for older in steps(root) if older <= step][keep:]:
-            shutil.rmtree(root / name(old))
+        older = [each for each in steps(self.root) if each <= self._step]
+        sound = 0
+        for number, step in enumerate(older):
+            if number >= self.told.keep and sound >= 2:
+                if not (self.told.keep_every and step % self.told.keep_every == 0):
+                    shutil.rmtree(self.root / name(step), ignore_errors=True)
+            elif step in self._sound or not verify(self.root / name(step)):
+                self._sound.add(step)
+                sound += 1
 
-    dist.once(publish)
-    logger.info("saved %s", final)
-    return final
+    def _need(self) -> int:
+        """Bytes of a checkpoint, nearly: a weight has two moments, and every rank buffers of its own."""
+        weights, buffers = (sum(each.numel() * each.element_size() for each in tensors.values())
+                            for tensors in (self.engine.weights(), self.engine.buffers()))
+        return 3 * weights + dist.world() * buffers
+
+
+def save(root: Path, step: int, engine: Engine, state: dict[str, Any], keep: int) -> Path:
+    """One checkpoint, here and now."""
+    saver = Saver(root, engine, config.Checkpoint(keep=keep, background=False, failures=1))
+    saver.begin(step, state)
+    found = saver.publish(must=True)
+    assert found is not None, "what must be is there or raises"
+    return found
+
+
+def clean(root: Path) -> None:
+    """Removes what killed attempts left half-written. Only for who holds the run folder."""
+    for draft in root.glob(".step-*.tmp"):
+        shutil.rmtree(draft, ignore_errors=True)
 
 
 def name(step: int) -> str:
@@ -93,6 +225,14 @@ def newest(root: Path) -> Path | None:
         raise CheckpointError(f"all {len(damaged)} checkpoints in {root} are damaged (see the warnings above); restore "
                               "one, or delete that folder to begin again from step 0")
     return None
+
+
+def agreed(root: Path) -> Path | None:
+    """The newest sound checkpoint, the same on every rank, and there on every machine."""
+    found = dist.once(lambda: newest(root))
+    if found:
+        _await(found / "MANIFEST.json")
+    return found
 
 
 def verify(path: Path) -> list[str]:
@@ -138,6 +278,43 @@ def load(path: Path, engine: Engine) -> int:
 def weights(path: Path) -> dict[str, Tensor]:
     """Parameters of a checkpoint and rank 0's buffers, by name."""
     return _tensors(path / "weights.safetensors") | _tensors(path / "rank-00000.safetensors")
+
+
+def _copied(tensors: dict[str, Tensor] | bytes) -> dict[str, Tensor] | bytes:
+    return tensors if isinstance(tensors, bytes) else {
+        name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+
+
+def _fits(content: dict[str, dict[str, Tensor] | bytes]) -> bool:
+    """Whether this machine has room for a copy of every tensor, and for the largest file once more, on each rank."""
+    sizes = [sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+             for tensors in content.values() if isinstance(tensors, dict)]
+    try:
+        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        free = 1024 * int(lines["MemAvailable"].split()[0])
+    except (OSError, KeyError, ValueError):
+        return False
+    return (sum(sizes) + 2 * max(sizes)) * dist.local_world() < free / 2
+
+
+def _await(path: Path) -> None:
+    """Until this machine sees a file that rank 0 has published: NFS shows it late elsewhere."""
+    since = time.monotonic()
+    while not path.exists():
+        if time.monotonic() - since > SEEN:
+            raise StorageError(0, f"{path} was published by rank 0 and is not seen here after {SEEN:.0f} s; put the "
+                               "run folder on a disk that all machines share")
+        time.sleep(0.1)
+
+
+def _refused(root: Path, step: int, error: OSError, need: int) -> str:
+    """Why a checkpoint is not there, in one sentence."""
+    try:
+        free = f"{shutil.disk_usage(root).free / 1e9:.3f} GB are free"
+    except OSError:
+        free = "the disk does not say what is free"
+    reason = error.strerror if isinstance(error, StorageError) else os.strerror(error.errno or 0)
+    return f"{root}: the checkpoint of step {step} was refused ({reason}); it needs {need / 1e9:.3f} GB, {free}"
 
 
 def _bytes(tensors: dict[str, Tensor]) -> bytes:

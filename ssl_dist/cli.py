@@ -21,6 +21,9 @@ Overrides = Annotated[list[str] | None, typer.Argument(help="key=value …, on t
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 PrintConfig = Annotated[bool, typer.Option("--print-config", help="Print the resolved tree and stop.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check all that can fail, and stop.")]
+AllowChange = Annotated[list[str] | None, typer.Option(
+    "--allow-change", help="A key that may differ from what the run was begun with; may be given several times.",
+    show_default=False)]
 
 
 def verb(function: Callable[..., int | None]) -> Callable[..., None]:
@@ -412,7 +415,7 @@ def stain_fit(folders: Annotated[list[Path], typer.Argument(help="Shard folders,
 @app.command()
 @verb
 def train(config: Config, overrides: Overrides = None, print_config: PrintConfig = False, dry_run: DryRun = False,
-          debug: Debug = False) -> int:        # noqa: ARG001
+          allow_change: AllowChange = None, debug: Debug = False) -> int:        # noqa: ARG001
     """Train, or go on with, one run: on this process alone, or as one rank of a launched job."""
     from ssl_dist import config as configs
     from ssl_dist import schema
@@ -425,10 +428,65 @@ def train(config: Config, overrides: Overrides = None, print_config: PrintConfig
     from ssl_dist import train as trainer
 
     if dry_run:
-        for name, value in trainer.rehearse(settings, int(os.environ.get("WORLD_SIZE", 1))).items():
+        for name, value in trainer.rehearse(settings, int(os.environ.get("WORLD_SIZE", 1)), allow_change or []).items():
             say(f"{name:28} {value}")
         return 0
-    return trainer.train(settings)
+    return trainer.train(settings, allow_change or [])
+
+
+@app.command()
+@verb
+def replay(step: Annotated[Path, typer.Argument(help="RUN/replay/step-000123, as a run writes it.")],
+           debug: Debug = False) -> None:       # noqa: ARG001
+    """Do a step that gave no finite number once more, on this CPU, and say where the first bad value arises."""
+    from ssl_dist import train as trainer
+
+    found = trainer.replay(step)
+    say(f"step {found['step']}, {found['world']} ranks' tiles in one process: loss {found['loss']:g}, gradient norm "
+        f"{found['gradient_norm']:g} (then: the {found['bad']} was not finite"
+        + (f" on rank {found['rank']})" if found["rank"] is not None else ")"))
+    for what in ("weights", "outputs", "gradients"):
+        say(f"{what} that hold no number: " + (", ".join(found[what][:3]) + (f" and {len(found[what]) - 3} more" if len(
+            found[what]) > 3 else "") if found[what] else "none"))
+    if not any(found[what] for what in ("weights", "outputs", "gradients")):
+        say("here all is finite: another device, another kernel, or a fault of that machine's memory")
+
+
+@app.command()
+@verb
+def status(run: Annotated[Path, typer.Argument(help="A run folder.")],
+           as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+           debug: Debug = False) -> None:       # noqa: ARG001
+    """What became of a run: state, attempts, last step, rate, time left, what went wrong last."""
+    from ssl_dist import status as statuses
+
+    found = statuses.read(run)
+    say(*([json.dumps(vars(found), indent=2, default=str)] if as_json else statuses.lines(found)))
+
+
+@app.command()
+@verb
+def runs(folder: Annotated[Path, typer.Argument(help="Looked through for runs, three folders down.")] = Path("runs"),
+         as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+         debug: Debug = False) -> int:          # noqa: ARG001
+    """List the runs below a folder, a line each."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from ssl_dist import status as statuses
+
+    found = statuses.below(folder)
+    if as_json:
+        say(json.dumps([vars(each) for each in found], indent=2, default=str))
+        return 0
+    if not found:
+        say(f"no run below {folder}")
+        return 0
+    table = Table("run", "state", "step", "images/s", "left", "attempts", "last trouble", box=None, pad_edge=False)
+    for each in found:
+        table.add_row(*statuses.row(each))
+    Console(width=None if sys.stdout.isatty() else 400).print(table)
+    return 0
 
 
 @app.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
@@ -439,8 +497,7 @@ def launch(where: Annotated[str, typer.Argument(help="local: torchrun on this ma
     """Run a verb on several ranks without changing a word of it."""
     from launch import local
     from launch.job import Job
-    from shards import folder
-    from ssl_dist import config, schema
+    from ssl_dist import config, lock, schema
 
     if where != "local":
         raise schema.ConfigError([f"launch {where!r} is not one of 'local'"])
@@ -452,15 +509,14 @@ def launch(where: Annotated[str, typer.Argument(help="local: torchrun on this ma
                                   "ssl-dist launch local ranks=2 -- train CONFIG key=value …"])
     options: list[str] = []
     overrides: list[str] = []
-    for word in rest[2:]:
-        (options if word.startswith("--") else overrides).append(word)
+    for before, word in zip(rest[1:], rest[2:], strict=False):
+        (options if word.startswith("--") or before == "--allow-change" else overrides).append(word)
     settings = config.load(config.Train, rest[1], overrides)
     config.rank_batch(settings, local.ranks(job))
     if settings.device == "cuda" and not local.gpus():
         raise schema.ConfigError(["device='cuda', but this machine shows no GPU; `ssl-dist doctor` says more, "
                                   "device=auto takes the CPU"])
-    with folder.hold(settings.run, "run.lock"):
-        pass        # free now: a folder in use is refused here, before the ranks start
+    lock.free(settings.run)         # a folder in use is refused here, before the ranks start
     code = local.run(job, ["train", rest[1], *overrides, *options], settings.run)
     if code == 1:
         raise LaunchFailed(f"the ranks ended without a word; their logs are in {settings.run / 'logs'}. "
@@ -513,10 +569,10 @@ def export(run: Annotated[Path, typer.Argument(help="A run folder.")], debug: De
     path = run / "config.yaml"
     if not path.is_file():
         raise schema.ConfigError([f"{run} has no config.yaml: it is not a run folder, or its run never began"])
-    from shards import folder
+    from ssl_dist import lock
     from ssl_dist import train as trainer
 
-    with folder.hold(run, "run.lock"):
+    with lock.hold(run):
         say(str(trainer.from_checkpoint(config.load_train(str(path), [f"run={run}"]), run)))
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ssl_dist import schedule, schema
+from ssl_dist import points, schedule, schema
 from ssl_dist.schema import ConfigError
 
 LR_TILES = 256          # what learning rates that scale are written for, as most papers do
@@ -140,7 +140,13 @@ class Optim:
 @dataclass
 class Checkpoint:
     every: int = field(default=500, metadata={"range": (1, 10**9), "help": "steps"})
+    minutes: float = field(default=15.0, metadata={"range": (0, 10**5), "help": "or when so many have gone; 0: never"})
     keep: int = field(default=2, metadata={"range": (2, 10**6), "help": "the newest; one alone may be in the making"})
+    keep_every: int = field(default=0, metadata={"range": (0, 10**9), "help": "steps: of those that it divides, all "
+                                                 "stay; 0: none"})
+    background: bool = field(default=True, metadata={"help": "written while training goes on, where memory allows"})
+    failures: int = field(default=3, metadata={"range": (1, 1000), "help": "in a row, by a disk that refuses, end the "
+                                               "run"})
 
 
 @dataclass
@@ -152,6 +158,18 @@ class Log:
 @dataclass
 class Debug:
     ledger: bool = field(default=False, metadata={"help": "write down every sample every rank sees"})
+    faults: list[str] = field(default_factory=list, metadata={
+        "help": "what shall go wrong, to see what follows: kill@save.rename:rank=1,step=7 (see points.py)"})
+
+    def rules(self) -> list[str]:
+        """What cannot be said of one value alone."""
+        broken = []
+        for number, words in enumerate(self.faults):
+            try:
+                points.fault(words)
+            except ValueError as error:
+                broken.append(f"faults[{number}]: {error}")
+        return broken
 
 
 @dataclass
@@ -173,6 +191,14 @@ class Train:
     zero: int = field(default=0, metadata={"range": (0, 2), "help": "what ranks share out instead of each keeping all: "
                                            "1: the optimizer's state, 2: and the gradients"})
     compile: bool = field(default=False, metadata={"help": "the encoder by torch.compile, once for each size of view"})
+    nonfinite: str = field(default="fail", metadata={
+        "choices": ("fail", "skip", "rewind"), "help": "a loss or gradient that is no number: end; go on without that "
+        "batch; or go back to the last checkpoint, and then on without it"})
+    nonfinite_max: int = field(default=10, metadata={"range": (0, 10**6), "help": "so many batches may be left out"})
+    hang: float = field(default=600.0, metadata={"range": (1, 86_400), "help": "seconds for a rank to come from one "
+                                                 "point of a step to the next; three times that for the first step"})
+    grace: float = field(default=25.0, metadata={"range": (1, 86_400), "help": "seconds from a signal to the kill: "
+                                                 "torchrun's are 30"})
     encoder: Encoder = field(default_factory=Encoder)
     optim: Optim = field(default_factory=Optim)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)

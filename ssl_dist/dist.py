@@ -12,6 +12,8 @@ import torch
 import torch.distributed as c10d
 from torch import Tensor
 
+from ssl_dist import points
+
 
 class NoDevice(RuntimeError):
     """A device that was asked for and is not there."""
@@ -20,24 +22,27 @@ class NoDevice(RuntimeError):
 
 
 PATIENCE = timedelta(minutes=10)        # with a rank that does not answer
+_patience = PATIENCE
 
 
-def start(device: torch.device) -> None:
+def start(device: torch.device, patience: timedelta = PATIENCE) -> None:
     """Joins the ranks that torchrun or SLURM started, or makes a group of one that needs no port."""
+    global _patience
+    _patience = patience
     backend = "nccl" if device.type == "cuda" else "gloo"
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if "RANK" in os.environ and "MASTER_ADDR" in os.environ:
-        c10d.init_process_group(backend, timeout=PATIENCE)
+        c10d.init_process_group(backend, timeout=_patience)
     else:
         # DeepSpeed looks for these even in a group of one.
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
-        c10d.init_process_group(backend, store=c10d.HashStore(), rank=0, world_size=1, timeout=PATIENCE)
+        c10d.init_process_group(backend, store=c10d.HashStore(), rank=0, world_size=1, timeout=_patience)
 
 
 def new_group(ranks: list[int] | None = None) -> Any:
     """Lines of their own between some ranks, or all: what goes over them waits for nothing else. All ranks ask."""
-    return c10d.new_group(ranks, timeout=PATIENCE)
+    return c10d.new_group(ranks, timeout=_patience)
 
 
 def neighbours(count: int) -> c10d.ProcessGroup | None:
@@ -153,6 +158,7 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, own_BD: Tensor) -> Tensor:
+        points.alone.meets()
         parts = [torch.empty_like(own_BD) for _ in range(world())]
         c10d.all_gather(parts, own_BD.contiguous())
         ctx.share = len(own_BD)
@@ -176,6 +182,7 @@ class _Sum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, own: Tensor, same: bool) -> Tensor:       # type: ignore[override]
         ctx.same = same
+        points.alone.meets()
         total = own.contiguous().clone()
         c10d.all_reduce(total)
         return total

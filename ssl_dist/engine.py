@@ -121,6 +121,15 @@ class Engine:
                 tensor.zero_()
         self._used.clear()
 
+    def discard(self) -> None:
+        """Takes the gradients away instead of a step: nothing learns from them."""
+        self.method.zero_grad(set_to_none=True)
+        if self._stage:
+            self._zero.zero_grad(set_to_none=True)
+            self._zero.averaged_gradients = dict.fromkeys(self._zero.averaged_gradients)
+        self._used.clear()
+        self._norm = None
+
     def _gradients(self) -> list[Tensor]:
         """What this rank's optimizer is about to step with."""
         if self._stage:

@@ -89,6 +89,15 @@ class Run:
             self._speaker = self._silent()
         self.ends("failed", getattr(failure, "exit_code", 1), error=f"{type(failure).__name__}: {failure}")
 
+    def breaks_off(self, state: str, exit_code: int, error: str) -> None:
+        """The last word, said by a thread because the main one is stuck; again by a survivor where rank 0 says none."""
+        with contextlib.suppress(OSError):
+            folder.write_json(folder.make(self.path.parent / "logs") / f"rank-{dist.rank():05d}.exit.json", {
+                "exit_code": exit_code, "error": error, "launch": os.environ.get(LAUNCH)})
+        if dist.rank():
+            self._speaker = self._silent()
+        self.ends(state, exit_code, error=error)
+
     def _silent(self) -> bool:
         for _ in range(PATIENCE * 10):
             if json.loads(self.path.read_text())["state"] != "running":

@@ -3,13 +3,17 @@
 import contextlib
 import hashlib
 import io
+import itertools
 import json
 import logging
 import math
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +23,10 @@ from PIL import Image
 from rich.console import Console
 
 from shards import folder
-from ssl_dist import checkpoint, config, dist, export, methods, optim, schema, sheet
+from ssl_dist import checkpoint, config, dist, export, finite, lock, methods, optim, points, schema, sheet, watch
 from ssl_dist import run as runs
-from ssl_dist.collapse import Watch
+from ssl_dist.collapse import PATIENCE
+from ssl_dist.collapse import Watch as Symptoms
 from ssl_dist.config import ConfigError, Train
 from ssl_dist.data import mixture, stain, sweep
 from ssl_dist.data.batch import Batch
@@ -31,28 +36,60 @@ from ssl_dist.data.reader import Reader
 from ssl_dist.data.stage import Stage
 from ssl_dist.data.stream import Stream
 from ssl_dist.engine import Engine
+from ssl_dist.finite import NotFinite
 from ssl_dist.log import Clock, Ledger, Log
 from ssl_dist.methods.base import Method
 from ssl_dist.models.batchnorm import has_any, synchronise
 from ssl_dist.models.encoder import Encoder
+from ssl_dist.watch import Watch
+
+logger = logging.getLogger(__name__)
 
 PREEMPTED = 4
 
 
-class NotFinite(ArithmeticError):
-    """A loss or a gradient that is not a number."""
+@dataclass
+class Parts:
+    """What a run is made of, once everything is built."""
 
-    exit_code = 8
+    settings: Train
+    path: Path
+    run: runs.Run
+    device: torch.device
+    engine: Engine
+    method: Method
+    loader: Loader
+    saver: checkpoint.Saver
+    log: Log
+    ledger: Ledger | None
+    watch: Watch
+    statistics: finite.Statistics
+    asked: list[int]                # signals that ask this rank to stop
+    kept: dict[str, Any]            # what a checkpoint says besides numbers: identity, way, left_out
+
+    @property
+    def left_out(self) -> list[int]:
+        """Steps whose batch gave no finite number, and taught nothing."""
+        return self.kept["left_out"]
 
 
-def train(settings: Train) -> int:
-    """Runs, or goes on with, the run that `settings` describe; returns the exit code."""
+class Rewind(Exception):
+    """The last checkpoint is to be taken up again."""
+
+
+def train(settings: Train, allowed: Sequence[str] = ()) -> int:
+    """Runs, or goes on with, the run that `settings` describe; returns the exit code.
+
+    `allowed`: keys that may differ from those that the run was begun with.
+    """
     device = dist.device(settings.device)
-    dist.start(device)
+    # The watch ends a hang; the group's own patience is for where it cannot.
+    dist.start(device, timedelta(seconds=watch.FIRST * settings.hang + 60))
+    points.arm(settings.debug.faults)
     path, run = Path(settings.run), None
     with contextlib.ExitStack() as stack:
         stack.callback(dist.stop)
-        dist.once(lambda: stack.enter_context(folder.hold(path, "run.lock")))
+        owner = dist.once(lambda: stack.enter_context(lock.hold(path)))
         runs.log_to(path)
         asked = stack.enter_context(runs.asked_to_stop())
         runs.end_with_launcher()
@@ -64,12 +101,20 @@ def train(settings: Train) -> int:
             if words := _imitated(settings, device):
                 _tell(f"warning: {words}")
             identity = _identity(settings, reader)
-            found = dist.once(lambda: checkpoint.newest(path / "checkpoints"))
-            if found and _finished(found, identity, settings, path):
+            dist.once(lambda: checkpoint.clean(path / "checkpoints"))
+            found = checkpoint.agreed(path / "checkpoints")
+            if found and _finished(found, identity, settings, path, allowed):
                 return 0
             dist.once(lambda: runs.forget(path))
+            dist.once(lambda: watch.forget(path))
             run = runs.Run(path, settings.steps, device)
-            return _train(settings, path, run, device, reader, identity, found, asked)
+            watching = Watch(path, dist.rank(), dist.world(), hang=settings.hang, grace=settings.grace,
+                             account=run.breaks_off)
+            stack.callback(watching.close)
+            own = _built(settings, path, run, device, reader, identity, found, watching, asked, owner)
+            stack.callback(own.log.close)
+            stack.callback(own.loader.close)
+            return _train(own, checkpoint.load(found, own.engine) if found else 0)
         except BaseException as error:
             failure = runs.cause(error, path)
             if run:
@@ -77,8 +122,8 @@ def train(settings: Train) -> int:
             raise failure from error
 
 
-def _train(settings: Train, path: Path, run: runs.Run, device: torch.device, reader: Reader, identity: dict[str, Any],
-           found: Path | None, asked: list[int]) -> int:
+def _built(settings: Train, path: Path, run: runs.Run, device: torch.device, reader: Reader, identity: dict[str, Any],
+           found: Path | None, watching: Watch, asked: list[int], owner: lock.Owner) -> Parts:
     threads = max(1, len(os.sched_getaffinity(0)) // dist.local_world())
     torch.set_num_threads(threads)
     threads = settings.data.threads or threads
@@ -88,66 +133,150 @@ def _train(settings: Train, path: Path, run: runs.Run, device: torch.device, rea
         _compile(method)
     optimizer = optim.build(method, settings.optim, method.resting())
     engine = Engine(method, optimizer, config.deepspeed(settings, dist.world()), device)
-    start = checkpoint.load(found, engine) if found else 0
-    last = min(settings.steps, settings.stop or settings.steps)
-    before = checkpoint.state(found).get("way") if found else None
-    way = dist.once(lambda: _way(settings, reader, stream, device, threads, before))
+    before = checkpoint.state(found) if found else {}
+    start = before.get("step", 0)
+    way = dist.once(lambda: _way(settings, reader, stream, device, threads, before.get("way")))
     run.starts_at(start)
     if dist.rank() == 0:
         folder.write(path / "config.yaml", schema.dump(settings))
         folder.write_json(path / "env.json", runs.environment())
-    loader = _loader(settings, path, reader, stream, method, device, threads, way)
-    log = Log(path, settings.steps, start)
-    ledger = Ledger(path, reader) if settings.debug.ledger else None
+    own = Parts(settings, path, run, device, engine, method,
+                _loader(settings, path, reader, stream, method, device, threads, way),
+                checkpoint.Saver(path / "checkpoints", engine, settings.checkpoint, owner.check),
+                Log(path, settings.steps, start), Ledger(path, reader) if settings.debug.ledger else None, watching,
+                finite.Statistics(method), asked,
+                {"identity": identity, "way": way, "left_out": before.get("left_out", [])})
     if dist.rank() == 0 and start == 0 and settings.log.pictures:
-        _draw_views(loader, settings.log.pictures, path, log)
+        _draw_views(own.loader, settings.log.pictures, path, own.log)
+    return own
 
-    step, clock, watch = start, Clock(), Watch()
-    try:
-        for batch in _timed(loader.batches(start, last), clock):
-            progress = step / settings.steps
-            lr, weight_decay = config.rates(settings, progress)
-            optim.set_rates(engine.optimizer, lr, weight_decay)
-            torch.manual_seed(hash((settings.seed, step, dist.rank())))     # for dropout: no state to save
-            scalars = _gradients(engine, batch.to(device).split(settings.accumulate), progress)
-            stopping = _agree(scalars["loss"], bool(asked), device, step)
-            norm = _finite(engine.gradient_norm(), step)
-            engine.step()
-            method.after_step(progress)
-            if ledger:
-                ledger.write(step, batch)
-            step += 1
-            log.advance(step)
-            if step % settings.log.every == 0 or step == last:
-                row = dist.mean({name: float(value) for name, value in scalars.items()}, device)
-                for words in watch(row, method.chance, progress):
-                    log.warn(words, step)
-                log.write(step, {"samples": step * settings.data.batch, "epoch": stream.epoch(step - 1), "lr": lr,
-                                 "grad_norm": norm, **row, **clock.read(settings.data.batch)})
-                run.alive(step)
-            if step % settings.checkpoint.every == 0 or step == last or stopping:
-                checkpoint.save(path / "checkpoints", step, engine, {"identity": identity, "way": way},
-                                settings.checkpoint.keep)
-            if stopping and step < last:
-                run.ends("preempted", PREEMPTED, step)
-                _tell(f"{path} was asked to stop and is saved at step {step}; run the same command again to go on")
-                return PREEMPTED
-    finally:
-        log.close()
-        loader.close()
+
+def _train(own: Parts, start: int) -> int:
+    """Steps until the end, or until somebody asks to stop; and what is left to do then."""
+    settings, run = own.settings, own.run
+    last = min(settings.steps, settings.stop or settings.steps)
+    while True:
+        try:
+            step = _loop(own, start, last)
+            break
+        except Rewind:
+            start = _rewound(own)
+    if step < last:
+        run.ends("preempted", PREEMPTED, step)
+        _tell(f"{own.path} was asked to stop and is saved at step {step}; run the same command again to go on")
+        return PREEMPTED
     if step == settings.steps and dist.rank() == 0:
-        export.export(_encoder(method), settings, reader, step, path / "encoder")
+        points.at("export", step)
+        export.export(_encoder(own.method), settings, own.loader.reader, step, own.path / "encoder")
     dist.barrier()
     run.ends("done" if step == settings.steps else "stopped", 0, step)
     return 0
 
 
-def _gradients(engine: Engine, parts: list[Batch], progress: float) -> dict[str, torch.Tensor]:
+def _loop(own: Parts, step: int, last: int) -> int:
+    """From `step` on; the step after which it ended, which is not the last where somebody asked to stop."""
+    settings, engine, method, saver = own.settings, own.engine, own.method, own.saver
+    clock, symptoms, slow = Clock(), Symptoms(), Counter[str]()
+    batches = own.loader.batches(step, last)
+    for batch in _timed(batches, clock, step):
+        progress = step / settings.steps
+        lr, weight_decay = config.rates(settings, progress)
+        optim.set_rates(engine.optimizer, lr, weight_decay)
+        torch.manual_seed(hash((settings.seed, step, dist.rank())))     # for dropout: no state to save
+        own.statistics.keep()
+        scalars = {} if step in own.left_out else \
+            _gradients(engine, batch.to(own.device).split(settings.accumulate), progress, step)
+        stopping, due, writing, culprit = _agree(own, scalars.get("loss"), step)
+        if scalars:
+            norm = engine.gradient_norm()
+            if culprit is not None or not math.isfinite(norm):
+                _leave_out(own, batch, step, progress, culprit)
+            else:
+                points.at("step.update", step)
+                engine.step()
+                points.at("step.after", step)
+                method.after_step(progress)
+                if own.ledger:
+                    own.ledger.write(step, batch)
+        step, own.watch.settled = step + 1, True
+        own.log.advance(step)
+        if step - 1 not in own.left_out and (step % settings.log.every == 0 or step == last):
+            row = dist.mean({name: float(value) for name, value in scalars.items()}, own.device)
+            for words in (*symptoms(row, method.chance, progress), *_slow(slow)):
+                own.log.warn(words, step)
+            own.log.write(step, {"samples": step * settings.data.batch, "epoch": own.loader.stream.epoch(step - 1),
+                                 "lr": lr, "grad_norm": norm, **row, **clock.read(settings.data.batch)})
+        own.run.alive(step)
+        ends = stopping or step == last
+        if saver.pending and (ends or not writing):
+            saver.publish()
+        if ends or due or step % settings.checkpoint.every == 0:
+            if saver.pending:
+                saver.publish()
+            saver.begin(step, own.kept)
+        if ends:
+            saver.publish(must=True)
+            break
+    return step
+
+
+def _leave_out(own: Parts, batch: Batch, step: int, progress: float, culprit: int | None) -> None:
+    """Nothing learns from a batch whose loss or gradient is no number; whether the run goes on, the settings say."""
+    settings, where = own.settings, "gradient" if culprit is None else "loss"
+    own.statistics.put_back()
+    own.engine.discard()
+    own.method.forget()
+    home = finite.bundle(own.path, step, batch, own.method, {
+        "progress": progress, "accumulate": settings.accumulate, "bad": where, "rank": culprit})
+    told = (f"the {where} of step {step} is not finite" + ("" if culprit is None else f" on rank {culprit}")
+            + f"; nothing of this step was kept. Look at it: ssl-dist replay {home}")
+    if settings.nonfinite == "fail" or len(own.left_out) >= settings.nonfinite_max:
+        many = f" ({len(own.left_out)} batches were left out before it)" if own.left_out else ""
+        raise NotFinite(f"{told}{many}. Try a smaller optim.lr, a longer optim.warmup, or optim.clip=1; "
+                        "nonfinite=skip goes on without such batches")
+    own.left_out.append(step)
+    own.log.warn(f"{told} ({len(own.left_out)} of {settings.nonfinite_max} batches left out)", step)
+    if settings.nonfinite == "rewind":
+        raise Rewind
+
+
+def _rewound(own: Parts) -> int:
+    """The step of the last checkpoint, taken up again; its weights are those of this run before anything went wrong."""
+    if own.saver.pending:
+        own.saver.publish()
+    if (found := checkpoint.agreed(own.path / "checkpoints")) is None:
+        raise NotFinite("nonfinite=rewind, and there is no checkpoint to go back to yet; use a smaller "
+                        "checkpoint.every, or nonfinite=skip")
+    step = checkpoint.load(found, own.engine)
+    own.log.warn(f"goes back to step {step}, and on from there without the batches of steps "
+                 f"{', '.join(map(str, own.left_out))}", step)
+    return step
+
+
+def _slow(seen: "Counter[str]") -> list[str]:
+    """Who keeps the others waiting, once it has done so in several rows."""
+    found = dist.gather((points.alone.read(), watch.host()))
+    words = watch.stragglers([seconds for seconds, _ in found], [host for _, host in found])
+    who = words.partition(" takes ")[0]
+    for name in [name for name in seen if name != who]:
+        del seen[name]
+    if not words:
+        return []
+    seen[who] += 1
+    return [f"{words}; all go at that pace. Look at that machine, or its disk"] if seen[who] == PATIENCE else []
+
+
+def _gradients(engine: Engine, parts: list[Batch], progress: float, step: int) -> dict[str, torch.Tensor]:
     """Leaves the gradients of the mean loss of a batch's parts; the means of their scalars."""
     found = []
     for number, part in enumerate(parts):
         with engine.part(number, len(parts)):
+            points.at("step.forward", step)
             scalars = engine(part, progress)
+            if (factor := points.value("step.forward", step, 1.0)) != 1.0:      # a fault that was asked for
+                scalars["loss"] = scalars["loss"] * factor
+            points.at("step.backward", step)
+            points.alone.meets()
             engine.backward(scalars["loss"])
         found.append({name: value.detach() for name, value in scalars.items()})
     return {name: torch.stack([each[name] for each in found]).mean(dim=0) for name in found[0]}
@@ -203,6 +332,25 @@ def _compile(method: Method) -> None:
     for each in method.modules():
         if isinstance(each, Encoder):
             each.compile(dynamic=False)
+
+
+def replay(home: Path) -> dict[str, Any]:
+    """A step that gave no finite number once more, on this machine's CPU, all ranks' tiles in one process."""
+    run = home.parent.parent
+    if not (home / "step.json").is_file() or not (run / "config.yaml").is_file():
+        raise ConfigError([f"{home} is not a step to replay: a run writes RUN/replay/step-000123 where a loss or "
+                           "gradient is not finite"])
+    settings = config.load_train(str(run / "config.yaml"), [f"run={run}", "device=cpu"])
+    dist.start(torch.device("cpu"))
+    try:
+        told, state, batch = finite.unbundled(home)
+        method = build(settings)
+        method.load_state_dict(state)
+        torch.manual_seed(hash((settings.seed, told["step"], 0)))
+        with torch.autocast("cpu", torch.bfloat16, enabled=settings.precision == "bf16"):
+            return {**told, **finite.examine(method, batch, told["progress"])}
+    finally:
+        dist.stop()
 
 
 def from_checkpoint(settings: Train, path: Path) -> Path:
@@ -261,7 +409,7 @@ def _way(settings: Train, reader: Reader, stream: Stream, device: torch.device, 
     return sweep.on_gpu([each for each in encoded if each is not None], threads, device.index or 0)
 
 
-def rehearse(settings: Train, world: int) -> dict[str, Any]:
+def rehearse(settings: Train, world: int, allowed: Sequence[str] = ()) -> dict[str, Any]:
     """Everything that can fail before a machine is booked; what the run would be."""
     share = config.rank_batch(settings, world)
     if settings.data.stain:
@@ -277,7 +425,7 @@ def rehearse(settings: Train, world: int) -> dict[str, Any]:
     if path.exists() and not path.is_dir():
         raise ConfigError([f"run={path} is a file; choose a folder"])
     if found := checkpoint.newest(path / "checkpoints"):
-        _hold(found, _identity(settings, reader), path)
+        _hold(found, _identity(settings, reader), path, allowed)
     home = _writable(path)
     need = 4 * weights * 3 * (settings.checkpoint.keep + 1)       # weights and two moments, fp32, and one in the making
     if need > (free := shutil.disk_usage(home).free):
@@ -328,21 +476,26 @@ def _encoder(method: Method) -> Encoder:
     return method.encoder
 
 
-def _finished(found: Path, identity: dict[str, Any], settings: Train, path: Path) -> bool:
+def _finished(found: Path, identity: dict[str, Any], settings: Train, path: Path, allowed: Sequence[str]) -> bool:
     """Whether there is nothing left to do; refuses to go on with a run that was begun as another."""
-    done = _hold(found, identity, path) == settings.steps and (path / "encoder" / "config.json").is_file()
+    done = _hold(found, identity, path, allowed) == settings.steps and (path / "encoder" / "config.json").is_file()
     if done:
         _tell(f"{path} is done already: {settings.steps} steps")
     return done
 
 
-def _hold(found: Path, identity: dict[str, Any], path: Path) -> int:
-    """The step of a checkpoint, if it belongs to the run that the settings describe."""
+def _hold(found: Path, identity: dict[str, Any], path: Path, allowed: Sequence[str] = ()) -> int:
+    """The step of a checkpoint, if it belongs to the run that the settings describe, but for what may differ."""
     state = checkpoint.state(found)
     plain = {"accumulate": 1}       # what is not written down
-    if changed := _differences({**plain, **state["identity"]}, {**plain, **identity}):
-        raise ConfigError([f"{path} was begun with other settings: {change}; put it back, or choose another run folder"
-                           for change in changed])
+    changed = _differences({**plain, **state["identity"]}, {**plain, **identity})
+    may = {key: words for key, words in changed.items()
+           if any(key == each or key.startswith(f"{each}.") for each in allowed)}
+    if refused := {key: words for key, words in changed.items() if key not in may}:
+        raise ConfigError([f"{path} was begun with other settings: {words}; put it back, choose another run folder, or "
+                           f"go on all the same with --allow-change {key}" for key, words in refused.items()])
+    for words in may.values():
+        logger.warning("goes on with other settings than before: %s", words)
     return state["step"]
 
 
@@ -369,17 +522,21 @@ def _identity(settings: Train, reader: Reader) -> dict[str, Any]:
     return {**tree, "data": data, "shards": [found.fingerprint for found in reader.indexes]}
 
 
-def _differences(before: Any, after: Any, prefix: str = "") -> list[str]:
+def _differences(before: Any, after: Any, key: str = "") -> dict[str, str]:
+    """What changed, in words, by key."""
     if isinstance(before, dict) and isinstance(after, dict):
-        return [change for key in sorted(before.keys() | after.keys())
-                for change in _differences(before.get(key), after.get(key), f"{prefix}.{key}" if prefix else key)]
-    return [] if before == after else [f"{prefix} was {before}, now {after}"]
+        return {inner: words for name in sorted(before.keys() | after.keys())
+                for inner, words in _differences(before.get(name), after.get(name),
+                                                 f"{key}.{name}" if key else name).items()}
+    return {} if before == after else {key: f"{key} was {before}, now {after}"}
 
 
-def _timed(batches: Iterator[Batch], clock: Clock) -> Iterator[Batch]:
-    """The batches, with every wait for one on the clock."""
-    while True:
+def _timed(batches: Iterator[Batch], clock: Clock, step: int) -> Iterator[Batch]:
+    """The batches from `step` on, with every wait for one on the clock."""
+    for number in itertools.count(step):
         since = time.perf_counter()
+        points.alone.begins()
+        points.at("data.next", number)
         batch = next(batches, None)
         if batch is None:
             return
@@ -387,21 +544,15 @@ def _timed(batches: Iterator[Batch], clock: Clock) -> Iterator[Batch]:
         yield batch
 
 
-def _agree(loss: torch.Tensor, asked: bool, device: torch.device, step: int) -> bool:
-    """Whether any rank was asked to stop; and that every rank's loss is a number, before anything learns from it."""
-    bad = not math.isfinite(float(loss.detach()))
-    stopping, culprit = dist.largest([float(asked), float(bad * (dist.rank() + 1))], device)
-    if culprit:
-        raise NotFinite(f"the loss of step {step} is not finite on rank {int(culprit) - 1}; nothing of this step was "
-                        "kept. Try a smaller optim.lr, a longer optim.warmup, or optim.clip=1")
-    return bool(stopping)
-
-
-def _finite(norm: float, step: int) -> float:
-    if not math.isfinite(norm):
-        raise NotFinite(f"the gradient of step {step} is not finite; nothing of this step was kept. "
-                        "Try a smaller optim.lr, a longer optim.warmup, or optim.clip=1")
-    return norm
+def _agree(own: Parts, loss: torch.Tensor | None, step: int) -> tuple[bool, bool, bool, int | None]:
+    """What one rank knows, all know, before anything learns: whether one was asked to stop, whether a checkpoint is
+    due, whether one is still being written, and which rank's loss is no number."""
+    points.at("step.agree", step)
+    bad = loss is not None and not math.isfinite(float(loss.detach()))
+    stopping, due, writing, culprit = dist.largest(
+        [float(bool(own.asked)), float(own.saver.due()), float(own.saver.writing), float(bad * (dist.rank() + 1))],
+        own.device)
+    return bool(stopping), bool(due), bool(writing), int(culprit) - 1 if culprit else None
 
 
 def _draw_views(loader: Loader, count: int, path: Path, log: Log) -> None:

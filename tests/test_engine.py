@@ -147,6 +147,14 @@ def on_ranks(folder: Path) -> dict[str, Any]:
         loss = engine(batch(whole(0)[:2]), 0.0)["loss"]
         engine.backward(loss * (float("inf") if dist.rank() == dist.world() - 1 else 1.0))
         found[f"bad {stage}"] = engine.gradient_norm()
+        untouched, engine = (built(OPTIMIZERS["adamw"], stage, norm=False) for _ in range(2))
+        norms = trained(untouched, 0, STEPS)
+        again = trained(engine, 0, STOP)
+        engine.backward(engine(batch(whole(0)[:2]), STOP / STEPS)["loss"] * float("nan"))
+        engine.gradient_norm()
+        engine.discard()
+        found[f"discard {stage}"] = {"norms": norms, "again": again + trained(engine, STOP, STEPS),
+                                     "untouched": everything(untouched), "whole": everything(engine)}
     return found
 
 
@@ -252,6 +260,15 @@ def test_parts_of_a_batch_add_up_to_the_whole(world: int, stage: int, ranked: di
 @pytest.mark.parametrize("world", WORLDS)
 def test_every_rank_hears_of_a_gradient_that_is_no_number(world: int, stage: int, ranked: dict) -> None:
     assert not [rank[f"bad {stage}"] for rank in ranked[world] if np.isfinite(rank[f"bad {stage}"])]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("world", WORLDS)
+def test_gradients_that_are_discarded_leave_no_trace(world: int, stage: int, ranked: dict) -> None:
+    for rank in ranked[world]:
+        found = rank[f"discard {stage}"]
+        assert found["norms"] == found["again"]
+        assert same(found["untouched"], found["whole"]) == []
 
 
 def test_lars_does_not_go_with_zero() -> None:

@@ -34,6 +34,12 @@ class Method(nn.Module, ABC):
     def after_step(self, progress: float) -> None:
         """What moves without a gradient, once an optimizer step: a teacher, a queue, a centre."""
 
+    def forget(self) -> None:
+        """Drops what `forward` kept for `after_step`, of a step that is left out."""
+        for module in self.modules():
+            if isinstance(module, Queue):
+                module.drop()
+
     def resting(self) -> list[nn.Parameter]:
         """Weights that learn, but not all the time (`freeze`): the optimizer counts their steps apart."""
         return []
@@ -139,6 +145,10 @@ class Queue(nn.Module):
     def take(self, own_BD: Tensor) -> None:
         """Keeps this rank's new vectors until `push`; once for every part of its batch."""
         self._taken.append(own_BD.detach().to(self.rows_KD.dtype))
+
+    def drop(self) -> None:
+        """Forgets what was taken and not pushed."""
+        self._taken.clear()
 
     @torch.no_grad()
     def push(self) -> None:

@@ -105,5 +105,9 @@ class Method(base.Method):
             momentum = self.config.centre_momentum
             mean_K = dist.average(torch.stack(self._said).sum(dim=0) / self._rows)
             self.centre_K.mul_(momentum).add_(mean_K, alpha=1 - momentum)
-            self._said.clear()
-            self._rows = 0
+            self.forget()
+
+    def forget(self) -> None:
+        """Of the centre, what no step has confirmed."""
+        self._said.clear()
+        self._rows = 0

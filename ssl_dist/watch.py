@@ -1,0 +1,182 @@
+"""Who watches the ranks: signs of life beside the run, stacks of all when one hangs, and the end of a signal's grace.
+
+    RUN/alive/rank-00001.json   who this rank is, where it is, and a number that grows while its process lives
+    RUN/alive/hang              a rank has waited too long: all write their stacks and end
+    RUN/stacks/rank-00001.txt   what every thread of it was doing
+
+A thread of its own does this: while the main thread sits in a collective, no signal handler of Python's runs. No clocks
+of two machines are compared: of others, only whether their number grows.
+"""
+
+import contextlib
+import faulthandler
+import json
+import logging
+import os
+import select
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from shards import folder
+from ssl_dist import points
+
+logger = logging.getLogger(__name__)
+
+BEAT = 2.0              # seconds between two signs of life
+FIRST = 3.0             # so many times the patience for what comes before the end of the first step
+HANG, UNSAVED = 6, 5    # exit codes
+ASKING = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
+
+Account = Callable[[str, int, str], None]       # writes down how this attempt ends: state, exit code, sentence
+
+
+class Watch:
+    """The watching thread of one rank."""
+
+    def __init__(self, path: Path, rank: int, world: int, *, hang: float, grace: float, account: Account):
+        self.path, self.rank, self.world, self.hang, self.grace = path, rank, world, hang, grace
+        self.settled = False        # the first step is over
+        self._account, self._beat, self._asked = account, 0, 0.0
+        self._closing = False
+        self._ear, mouth = socket.socketpair()
+        self._mouth = mouth
+        mouth.setblocking(False)
+        folder.make(path / "alive")
+        self._before = signal.set_wakeup_fd(mouth.fileno(), warn_on_full_buffer=False)
+        self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Ends the watching."""
+        self._closing = True
+        signal.set_wakeup_fd(self._before)
+        self._mouth.send(b"\0")
+        self._thread.join(BEAT)
+        self._ear.close()
+        self._mouth.close()
+
+    def _run(self) -> None:
+        while not self._closing:
+            try:
+                self._breathe()
+                if (self.path / "alive" / "hang").exists():
+                    self._end_hung()
+                self._look()
+            except OSError as error:        # of a disk that refuses for a while nobody dies
+                logger.info("watching: %s", error)
+            heard, _, _ = select.select([self._ear], [], [], BEAT)
+            for number in self._ear.recv(64) if heard else b"":
+                if number in ASKING and not self._asked:
+                    self._asked = time.monotonic()
+                    here = points.where()
+                    logger.info("%s came while this rank was at %s of step %d", signal.Signals(number).name, here.point,
+                                here.step)
+
+    def _breathe(self) -> None:
+        here = points.where()
+        self._beat += 1
+        path = self.path / "alive" / f"rank-{self.rank:05d}.json"
+        draft = path.with_suffix(".tmp")
+        draft.write_text(json.dumps({
+            "beat": self._beat, "host": host(), "pid": os.getpid(), "point": here.point, "step": here.step,
+            "seconds": round(time.monotonic() - here.since, 1), "frame": _frame()}))
+        draft.replace(path)         # not synced: it need not outlive a power cut
+
+    def _look(self) -> None:
+        here, now = points.where(), time.monotonic()
+        waited, patience = now - here.since, self.hang * (1.0 if self.settled else FIRST)
+        if waited > patience:
+            (self.path / "alive" / "hang").touch()
+        if self._asked and now - self._asked > self.grace - BEAT:
+            self._end(UNSAVED, "preempted", f"asked to stop {now - self._asked:.0f} s ago, and rank {self.rank} is "
+                      f"still at {here.point} of step {here.step}: grace={self.grace:g} runs out, and nothing after "
+                      "the last checkpoint is saved")
+
+    def _end_hung(self) -> None:
+        """Writes this rank's stacks, finds out who keeps the others waiting, and ends."""
+        with (folder.make(self.path / "stacks") / f"rank-{self.rank:05d}.txt").open("w") as file:
+            here = points.where()
+            file.write(f"rank {self.rank} on {socket.gethostname()}, at {here.point} of step {here.step} for "
+                       f"{time.monotonic() - here.since:.0f} s\n\n")
+            file.flush()
+            faulthandler.dump_traceback(file, all_threads=True)
+        before = alive(self.path)
+        for _ in range(3):
+            time.sleep(BEAT)
+            self._breathe()
+        self._end(HANG, "failed", f"{blame(before, alive(self.path), self.world)}; stacks: {self.path / 'stacks'}. Run "
+                  "the same command again to resume from the last checkpoint")
+
+    def _end(self, code: int, state: str, sentence: str) -> None:
+        self._account(state, code, sentence)
+        if self.rank == 0:
+            sys.stderr.write(f"ssl-dist: error: {sentence}\n")
+        logger.error("%s", sentence)
+        logging.shutdown()
+        os._exit(code)      # the main thread will not come back
+
+
+def alive(path: Path) -> dict[int, dict[str, Any]]:
+    """The last sign of life of every rank."""
+    found = {}
+    for file in path.glob("alive/rank-*.json"):
+        with contextlib.suppress(OSError, ValueError):
+            found[int(file.stem.removeprefix("rank-"))] = json.loads(file.read_text())
+    return found
+
+
+def forget(path: Path) -> None:
+    """Drops an earlier attempt's signs. Only for who holds the run folder, before any rank watches."""
+    for file in (*path.glob("alive/rank-*.json"), *path.glob("alive/hang"), *path.glob("stacks/rank-*.txt")):
+        file.unlink(missing_ok=True)
+
+
+def blame(before: dict[int, dict[str, Any]], after: dict[int, dict[str, Any]], world: int) -> str:
+    """Whom the others wait for: who gives no sign of life; else who is behind; else who is where the others are not."""
+    silent = [rank for rank in range(world) if rank not in after
+              or after[rank]["beat"] == before.get(rank, {"beat": -1})["beat"]]
+    if silent:
+        return f"{_named(silent, {**before, **after})} gives no sign of life: stopped, or its machine is gone"
+
+    def progress(rank: int) -> tuple[int, int]:
+        return after[rank]["step"], (*points.POINTS, "start").index(after[rank]["point"])
+
+    behind = [rank for rank in range(world) if progress(rank) == min(map(progress, range(world)))]
+    if len(behind) == world > 1:        # of those that wait in one place, the collective's code is the last
+        behind = [rank for rank in range(world) if "/torch/" not in after[rank]["frame"]] or behind
+    if len(behind) == world > 1:
+        return f"all {world} ranks hang at {after[0]['point']} of step {after[0]['step']}: the network, or all at once"
+    told = after[behind[0]]
+    return (f"{_named(behind, after)} hangs at {told['point']} of step {told['step']} for {told['seconds']:.0f} s "
+            f"(in {told['frame']})" + ("" if world == 1 else ", and the others wait"))
+
+
+def stragglers(seconds: list[float], hosts: list[str]) -> str:
+    """Who needs so much longer than the others to come to where ranks meet that all go at its pace; "" where none."""
+    typical = sorted(seconds)[(len(seconds) - 1) // 2]
+    slow = [rank for rank, own in enumerate(seconds) if own > 1.5 * typical + 0.02]
+    return ", ".join(f"rank {rank} on {hosts[rank]} takes {seconds[rank]:.2f} s of its own a step, others {typical:.2f}"
+                     for rank in slow)
+
+
+def host() -> str:
+    """This machine, as the scheduler calls it."""
+    node = os.environ.get("SLURMD_NODENAME", "")
+    return socket.gethostname() + (f" ({node})" if node and node != socket.gethostname() else "")
+
+
+def _named(ranks: list[int], told: dict[int, dict[str, Any]]) -> str:
+    names = [f"rank {rank} on {told[rank]['host']}" if rank in told else f"rank {rank}" for rank in ranks[:4]]
+    return " and ".join(names + ([f"{len(ranks) - 4} more"] if len(ranks) > 4 else []))
+
+
+def _frame() -> str:
+    """What the main thread does."""
+    frame = sys._current_frames().get(threading.main_thread().ident or 0)
+    return f"{frame.f_code.co_filename}:{frame.f_lineno}" if frame else ""

@@ -1,0 +1,115 @@
+"""More faults by name than `make test` has time for: `make test-faults`."""
+
+import json
+import runpy
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ssl_dist import points, train
+
+drill = runpy.run_path(str(Path(__file__).with_name("drill.py")))
+fault, account = drill["fault"], drill["account"]
+WORLD = drill["WORLD"]
+
+pytestmark = [pytest.mark.faults, pytest.mark.timeout(3600)]
+
+# Every point, and of those that all ranks come by, another rank each time.
+POINTS = [point for point in points.POINTS if point not in ("resume.load", "export")]
+ONLY_FIRST = ("save.manifest", "save.rename", "save.keep")
+KILLS = {f"kill {point}": (f"kill@{point}:rank={0 if point in ONLY_FIRST else number % WORLD},step=4", -9, 7)
+         for number, point in enumerate(POINTS)}
+ASKS = {f"{signal} {point}": (f"{signal}@{point}:rank={number % WORLD},step=4", 4, 4) for signal in ("term", "usr2")
+        for number, point in enumerate(("data.next", "step.forward", "step.backward", "step.agree", "step.after"))}
+HANGS = {"hung": ("hang@data.next:rank=2,step=3", "rank 2 on {host} hangs at data.next of step 3"),
+         "hung in backward": ("hang@step.backward:rank=1,step=3", "rank 1 on {host} hangs at step.backward of step 3"),
+         "stopped": ("stop@step.forward:rank=1,step=3", "rank 1 on {host} gives no sign of life"),
+         "stopped first": ("stop@step.forward:rank=0,step=3", "rank 0 on {host} gives no sign of life")}
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("drills")
+
+
+@pytest.fixture(scope="module")
+def ended(home: Path, shard: Path) -> dict[str, list[Any]]:
+    """Every attempt of every run, one program for all."""
+    jobs: list[tuple[str, int, list[str]]] = [("whole", WORLD, [])]
+    for name, (told, _, _) in {**KILLS, **ASKS}.items():
+        jobs += [(name, WORLD, [fault(told)]), (name, WORLD, [])]
+    jobs += [(name, WORLD, [fault(told), "hang=8"]) for name, (told, _) in HANGS.items()]
+    jobs += [("too many", WORLD, [fault("nan@step.forward:rank=0"), "nonfinite=skip", "nonfinite_max=2"]),
+             ("full", WORLD, [fault("full@save.file:rank=2"), "checkpoint.failures=2"]),
+             ("slow", WORLD, [fault("slow@data.next:rank=1,seconds=1,times=5")]),
+             ("cut", WORLD, ["stop=6", fault("cut@save.keep:rank=0,step=6")]), ("cut", WORLD, []),
+             ("no grace", WORLD, [fault("hang@step.forward:rank=1,step=3", "term@step.forward:rank=0,step=3"),
+                                  "grace=6"])]
+    return drill["drills"](home, shard, jobs)
+
+
+@pytest.mark.parametrize("name", [*KILLS, *ASKS])
+def test_after_every_fault_samples_and_weights_are_those_of_a_run_without_it(name: str, home: Path,
+                                                                            ended: dict[str, list[Any]]) -> None:
+    drill["held"](name, *{**KILLS, **ASKS}[name], home, ended)
+
+
+@pytest.mark.parametrize("name", HANGS)
+def test_a_hung_rank_ends_the_job_and_is_named_with_the_stacks_of_all(name: str, home: Path,
+                                                                      ended: dict[str, list[Any]]) -> None:
+    (end,) = ended[name]
+    stopped = [int(name == "stopped")] if name.startswith("stopped") else []
+    assert {code for code in end.codes if code != -9} == {6}
+    assert end.outlived == stopped, "a stopped process can end nothing, not even itself"
+    told = account(home / name)
+    assert told["exit_code"] == 6
+    assert HANGS[name][1].format(host=socket.gethostname()) in told["error"]
+    for rank in set(range(WORLD)) - set(stopped):
+        stack = (home / name / "stacks" / f"rank-{rank:05d}.txt").read_text()
+        assert f"rank {rank} on" in stack
+        assert "train.py" in stack
+
+
+def test_where_the_grace_runs_out_it_is_said_that_nothing_is_saved(ended: dict[str, list[Any]], home: Path) -> None:
+    assert ended["no grace"][0].codes[0] == 5
+    told = account(home / "no grace")
+    assert (told["state"], told["exit_code"]) == ("preempted", 5)
+    assert "grace=6 runs out" in told["error"]
+    assert "of step 3" in told["error"]
+
+
+def test_too_many_batches_left_out_end_the_run_and_one_can_be_done_again(ended: dict[str, list[Any]],
+                                                                         home: Path) -> None:
+    (end,) = ended["too many"]
+    assert end.codes == [8] * WORLD
+    assert "2 batches were left out before it" in end.said
+    found = train.replay(home / "too many" / "replay" / "step-000002")
+    assert found["bad"] == "loss"
+    assert found["rank"] == 0
+    # The fault was not in the numbers, so here all is well, and the loss is that of the whole batch.
+    assert not found["weights"] + found["outputs"] + found["gradients"]
+    assert 1 < found["loss"] < 5
+
+
+def test_a_disk_that_goes_on_refusing_ends_the_run(ended: dict[str, list[Any]], home: Path) -> None:
+    (end,) = ended["full"]
+    assert end.codes == [9] * WORLD
+    assert "2 in a row" in end.said
+    assert not list((home / "full" / "checkpoints").glob("*step*"))
+    assert account(home / "full")["exit_code"] == 9
+
+
+def test_a_newest_checkpoint_that_was_cut_is_passed_over_by_name(ended: dict[str, list[Any]], home: Path) -> None:
+    first, second = ended["cut"]
+    assert (first.codes, second.codes) == ([0] * WORLD, [0] * WORLD)
+    assert f"{home / 'cut' / 'checkpoints' / 'step-000006'} is damaged and will not be used" in second.said
+    assert account(home / "cut")["attempts"][1]["from_step"] == 4
+    assert drill["ledger"](home / "cut") == drill["ledger"](home / "whole")
+
+
+def test_a_slow_rank_is_named_with_its_machine(ended: dict[str, list[Any]], home: Path) -> None:
+    assert f"rank 1 on {socket.gethostname()} takes 1." in ended["slow"][0].said
+    rows = [json.loads(line) for line in (home / "slow" / "metrics.jsonl").read_text().splitlines()]
+    assert len(rows) == drill["STEPS"]
