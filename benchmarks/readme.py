@@ -22,7 +22,7 @@ def tree() -> str:
     for name, about in (("configs/", "YAML, one screen each; the first comment says what, on what, how long"),
                         ("tests/", "flat; test_house.py holds the rules, test_journey.py goes from slide to report"),
                         ("benchmarks/", "the data path, cutting, training, what methods learn; results/ only grows"),
-                        ("Makefile", "demo, test, bench, learn, lint"),
+                        ("Makefile", "demo, test, test-faults, bench, learn, lint"),
                         ("constraints.txt", "the exact versions that were tested together")):
         lines.append(_line(0, name, about))
     return "```text\n" + "\n".join(lines) + "\n```"
