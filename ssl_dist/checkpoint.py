@@ -29,6 +29,7 @@ from ssl_dist.finite import NotFinite
 logger = logging.getLogger(__name__)
 
 FORMAT = 1
+ALWAYS = ("weights.safetensors", "optimizer.safetensors", "state.json")
 SEEN = 120.0        # seconds until a folder that rank 0 renamed is seen on every machine: NFS takes its time
 
 
@@ -244,7 +245,8 @@ def verify(path: Path) -> list[str]:
             return [f"format {manifest['format']}, this version reads {FORMAT}"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         return [f"MANIFEST.json cannot be read ({error})"]
-    problems = []
+    problems = [f"MANIFEST.json does not list {file}" for file in (*ALWAYS, "rank-00000.safetensors")
+                if file not in [each for each, _, _ in listed]]
     for file, size, sha256 in listed:
         if not (path / file).is_file():
             problems.append(f"{file} is missing")

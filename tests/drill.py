@@ -2,7 +2,8 @@
 
 As a program: drill.py JOBS.json does the jobs one after the other and writes what became of each beside it. A job is
 {"words": [...], "world": 3}: the words of `ssl-dist train`. Its ranks get what torchrun gives them; once one has ended
-badly, the others have PATIENCE seconds to end by themselves, as under a launcher that only waits.
+badly, the others have PATIENCE seconds to end by themselves, as under a launcher that only waits. A strike,
+{"after": 1.5, "signal": 9, "ranks": [1]}, is a signal to some of them at a time that nobody chose by what they do.
 """
 
 import contextlib
@@ -22,8 +23,19 @@ ROOT = Path(__file__).resolve().parent.parent
 PATIENCE = 20.0
 WORLD, STEPS, BATCH = 3, 8, 12
 SMALL = [f"data.batch={BATCH}", f"steps={STEPS}", "checkpoint.every=2", "log.every=1", "log.pictures=0", "device=cpu",
-         "method.views.size=32", "encoder.args.layers=[1,1,1,1]", "encoder.args.channels=[8,8,16,16]",
          "debug.ledger=true", "hang=120"]
+RESNET = ["method.views.size=32", "encoder.args.layers=[1,1,1,1]", "encoder.args.channels=[8,8,16,16]"]
+# Every method with all that moves or waits in it at work within these steps.
+METHODS = {
+    "simclr": ["demo", *RESNET],
+    "moco": ["pretrain/moco_r18_small", *RESNET, "method.queue=30"],
+    "swav": ["pretrain/swav_r18_small", *RESNET, "method.prototypes=7", "method.queue=30", "method.queue_from=0.3",
+             "method.frozen=0.3", "method.hidden=16"],
+    "barlow": ["pretrain/barlow_r18_small", *RESNET, "method.width=16", "method.hidden=16"],
+    "dino": ["pretrain/dino_vitt_small", "method.classes=16", "method.hidden=16", "method.narrow=8",
+             "method.frozen=0.3",
+             "method.views.first.size=32", "method.views.second.size=32", "method.views.small.size=16",
+             "encoder.args={img_size: 32, patch_size: 8, embed_dim: 24, depth: 2, num_heads: 3}"]}
 
 
 @dataclass
@@ -50,13 +62,17 @@ def drill(folder: Path, jobs: list[dict[str, Any]]) -> list[Ended]:
     return [Ended(**each) for each in json.loads((folder / "jobs.done.json").read_text())]
 
 
-def drills(home: Path, shard: Path, jobs: list[tuple[str, int, list[str]]]) -> dict[str, list[Ended]]:
-    """Attempts of runs below `home`: (name of the run, ranks, what is typed besides), and what became of each."""
+def drills(home: Path, shard: Path, jobs: list[tuple[Any, ...]]) -> dict[str, list[Ended]]:
+    """Attempts of runs below `home`: (name of the run, ranks, what is typed besides[, method[, strike]]), and what
+    became of each."""
     done: dict[str, list[Ended]] = {}
-    for (name, _, _), end in zip(jobs, drill(home / "jobs", [
-            {"words": words(home / name, shard, *more), "world": world} for name, world, more in jobs]), strict=True):
+    for (name, *_), end in zip(jobs, drill(home / "jobs", [
+            {"words": words(home / name, shard, *more, method=rest[0] if rest else "simclr"), "world": world,
+             "strike": rest[1] if rest[1:] else None} for name, world, more, *rest in jobs]), strict=True):
         done.setdefault(name, []).append(end)
-    assert done["whole"][0].codes == [0] * WORLD, done["whole"][0].said
+    for name, (first, *_) in done.items():
+        if name.startswith("whole"):
+            assert not any(first.codes), first.said
     return done
 
 
@@ -78,9 +94,9 @@ def held(name: str, told: str, own: int, rest: int, home: Path, ended: dict[str,
     assert "Traceback" not in first.said
 
 
-def words(run: Path, shard: Path, *more: str) -> list[str]:
+def words(run: Path, shard: Path, *more: str, method: str = "simclr") -> list[str]:
     """What is typed for a run of a few steps on a tiny network, in less than a second a step."""
-    return ["demo", f"run={run}", f"data.shards=[{shard}]", *SMALL, *more]
+    return [*METHODS[method], f"run={run}", f"data.shards=[{shard}]", *SMALL, *more]
 
 
 def fault(*told: str) -> str:
@@ -152,8 +168,12 @@ def _do(job: dict[str, Any], folder: Path) -> dict[str, Any]:
                 sys.stderr.flush()
                 os._exit(code)
         ranks[child] = rank
-    codes, first, outlived = [0] * world, 0.0, []
+    codes, first, outlived, strike = [0] * world, 0.0, [], job.get("strike")
     while ranks:
+        if strike and time.monotonic() - begun > strike["after"]:
+            for child in [child for child, rank in ranks.items() if rank in strike["ranks"]]:
+                os.kill(child, strike["signal"])
+            strike = None
         child, status = os.waitpid(-1, os.WNOHANG | os.WUNTRACED)
         now = time.monotonic()
         if child and not os.WIFSTOPPED(status):

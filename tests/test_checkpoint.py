@@ -320,6 +320,8 @@ DAMAGE = {
     "a cut state": (lambda path: cut(path, "state.json"), "bytes, should have"),
     "a cut manifest": (lambda path: cut(path, "MANIFEST.json"), "MANIFEST.json cannot be read"),
     "an empty manifest": (lambda path: (path / "MANIFEST.json").write_text(""), "MANIFEST.json cannot be read"),
+    "a manifest of nothing": (lambda path: (path / "MANIFEST.json").write_text('{"format": 1, "files": []}'),
+                              "does not list weights.safetensors"),
     "another manifest": (lambda path: (path / "MANIFEST.json").write_text('["files"]'), "MANIFEST.json cannot be read"),
     "another format": (lambda path: (path / "MANIFEST.json").write_text('{"format": 99, "files": []}'), "format 99"),
 }

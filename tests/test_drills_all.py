@@ -1,14 +1,18 @@
 """More faults by name than `make test` has time for: `make test-faults`."""
 
 import json
+import random
 import runpy
+import signal
 import socket
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
-from ssl_dist import points, train
+from ssl_dist import checkpoint, points, train
 
 drill = runpy.run_path(str(Path(__file__).with_name("drill.py")))
 fault, account = drill["fault"], drill["account"]
@@ -27,6 +31,10 @@ HANGS = {"hung": ("hang@data.next:rank=2,step=3", "rank 2 on {host} hangs at dat
          "hung in backward": ("hang@step.backward:rank=1,step=3", "rank 1 on {host} hangs at step.backward of step 3"),
          "stopped": ("stop@step.forward:rank=1,step=3", "rank 1 on {host} gives no sign of life"),
          "stopped first": ("stop@step.forward:rank=0,step=3", "rank 0 on {host} gives no sign of life")}
+
+
+METHODS = tuple(drill["METHODS"])
+STAGES = (0, 1, 2)
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +56,60 @@ def ended(home: Path, shard: Path) -> dict[str, list[Any]]:
              ("no grace", WORLD, [fault("hang@step.forward:rank=1,step=3", "term@step.forward:rank=0,step=3"),
                                   "grace=6"])]
     return drill["drills"](home, shard, jobs)
+
+
+@pytest.fixture(scope="module")
+def resumed(home: Path, shard: Path) -> dict[str, list[Any]]:
+    """Every method at every stage: without a stop, and stopped twice, the second time beyond the end of an epoch."""
+    jobs: list[tuple[Any, ...]] = []
+    for method in METHODS:
+        for stage in STAGES:
+            jobs += [(f"whole {method} {stage}", WORLD, [f"zero={stage}"], method),
+                     *((f"broken {method} {stage}", WORLD, [f"zero={stage}", *more], method)
+                       for more in (["stop=3"], ["stop=6"], []))]
+    return drill["drills"](home / "methods", shard, jobs)
+
+
+@pytest.fixture(scope="module")
+def struck(home: Path, shard: Path) -> dict[str, list[Any]]:
+    """Forty strikes at times that nobody chose, two a run; every run is then left to its end."""
+    chance = random.Random(0)
+    jobs: list[tuple[Any, ...]] = [(f"whole {method}", WORLD, [], method) for method in METHODS]
+    for number in range(20):
+        method = METHODS[number % len(METHODS)]
+        for _ in range(2):
+            ranks = chance.choice([[0], [1], [2], [0, 1, 2]])
+            sent = chance.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGUSR2])
+            jobs.append((f"struck {number} {method}", WORLD, [], method,
+                         {"after": chance.uniform(0.5, 6.0), "signal": int(sent), "ranks": ranks}))
+        jobs.append((f"struck {number} {method}", WORLD, [], method))
+    return drill["drills"](home / "strikes", shard, jobs)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_stopped_twice_ends_with_the_same_bits(method: str, stage: int, home: Path,
+                                                            resumed: dict[str, list[Any]]) -> None:
+    whole, broken = (home / "methods" / f"{kind} {method} {stage}" for kind in ("whole", "broken"))
+    assert [end.codes for end in resumed[broken.name]] == [[0] * WORLD] * 3
+    assert drill["ledger"](broken) == drill["ledger"](whole)
+    for kind in ("weights", "optimizer", "rank-00002"):
+        mine, other = (load_file(run / "checkpoints" / checkpoint.name(drill["STEPS"]) / f"{kind}.safetensors")
+                       for run in (broken, whole))
+        assert mine.keys() == other.keys()
+        assert not [key for key in mine if not np.array_equal(mine[key], other[key])]
+
+
+@pytest.mark.parametrize("number", range(20))
+def test_strikes_at_any_time_leave_no_trace(number: int, home: Path, struck: dict[str, list[Any]]) -> None:
+    method = METHODS[number % len(METHODS)]
+    run, whole = home / "strikes" / f"struck {number} {method}", home / "strikes" / f"whole {method}"
+    *_, last = struck[run.name]
+    assert last.codes == [0] * WORLD, last.said
+    assert not [end for end in struck[run.name] if end.outlived or "Traceback" in end.said]
+    assert drill["ledger"](run) == drill["ledger"](whole)
+    ours, theirs = drill["weights"](run), drill["weights"](whole)
+    assert not [key for key in theirs if not np.array_equal(ours[key], theirs[key])]
 
 
 @pytest.mark.parametrize("name", [*KILLS, *ASKS])
