@@ -10,7 +10,7 @@ import torch.distributed as c10d
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ssl_dist import dist
+from ssl_dist import dist, points
 
 
 class _Normalise(torch.autograd.Function):
@@ -81,6 +81,7 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
             # The kernel behind torch's own BatchNorm; var_mean was measured thirty times slower on channels_last.
             own_2C = _wide(torch.stack(torch.batch_norm_update_stats(input, None, None, 0.0)))
             parts_W2C = [torch.empty_like(own_2C) for _ in range(ranks)]
+            points.alone.meets()
             c10d.all_gather(parts_W2C, own_2C, group=dist.neighbours(ranks))
             means_WC, variances_WC = torch.stack(parts_W2C).unbind(1)
             # Ranks hold equal shares. Variance within them, and between their means: no squares that would cancel.
