@@ -26,6 +26,7 @@ bench: $(READY)
 	@$(BIN)/python benchmarks/stream.py
 	@$(BIN)/python benchmarks/shard.py
 	@$(BIN)/python benchmarks/train.py
+	@$(BIN)/python benchmarks/safety.py
 	@$(BIN)/python benchmarks/readme.py
 
 learn: $(READY)

@@ -187,6 +187,26 @@ def _train(found: dict) -> str:
         f"{found['versions']['deepspeed']}, {found['date']}. Plot: `benchmarks/results/{found['plot']}`.")
 
 
+def safety() -> str:
+    """The table of what safety costs: the newest result file."""
+    found = _newest("safety_")
+    if not found:
+        return "Not measured yet."
+    names = {"watched": "the watch: named points, statistics kept, what ranks agree on, signs of life",
+             "ledger": "the ledger of samples (`debug.ledger`)", "digests": "the checksum of every tile",
+             "saved": "checkpoints at the default interval, written beside the training"}
+    lines = ["| what safety costs | % of the time of training |", "|---|---|"]
+    lines += [f"| {names[row['name']]} | {100 * row['share']:.2f} |" for row in found["costs"]]
+    saved = next(row for row in found["costs"] if row["name"] == "saved")
+    return "\n".join(lines) + (
+        f"\n\nMedians of {found['rounds']} interleaved rounds, each against the same steps without it in the same round; "
+        f"what is below a tenth of a per cent is noise. {found['model']}, {found['size']} px, {found['batch']} tiles, "
+        f"{found['step']:.2f} s a step. A checkpoint of {found['bytes'] / 1e6:.0f} MB adds "
+        f"{saved['seconds_a_checkpoint']:.2f} s to {saved['interval']:,.0f} s of training. {found['cpu']}, "
+        f"{found['cpus']} cores, torch {found['versions']['torch']}, {found['date']}. Plot: "
+        f"`benchmarks/results/{found['plot']}`.")
+
+
 def learn() -> str:
     """The table of what methods learn: of each method and seed the newest result."""
     found = learnt()
@@ -254,7 +274,8 @@ def _read(path: Path) -> dict:
     return json.loads(path.read_text())
 
 
-PARTS = {"tree": tree, "demo": demo, "data": data, "stream": stream, "shard": shard, "train": train, "learn": learn}
+PARTS = {"tree": tree, "demo": demo, "data": data, "stream": stream, "shard": shard, "train": train, "learn": learn,
+         "safety": safety}
 
 
 def main() -> int:

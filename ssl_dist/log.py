@@ -49,6 +49,7 @@ class Log:
         self._jsonl: IO[str] | None = None
         self._board: SummaryWriter | None = None
         self._bar: Progress | None = None
+        self._told = False
         if dist.rank():
             return
         self._jsonl = (run / "metrics.jsonl").open("a", buffering=1)
@@ -70,13 +71,21 @@ class Log:
         """One line of metrics, with its step inside."""
         if self._jsonl is None or self._board is None or self._bar is None:
             return
-        self._jsonl.write(json.dumps({"step": step, **{name: _short(value) for name, value in row.items()}}) + "\n")
+        try:
+            self._jsonl.write(json.dumps({"step": step, **{name: _short(value) for name, value in row.items()}}) + "\n")
+        except OSError as error:        # a full disk costs rows, and not the run
+            self._lost(error, step)
         for name, value in row.items():
             self._board.add_scalar(name, value, step)
         figures = f"loss {row['loss']:.3f}  {row['images_per_second']:.0f} images/s  waiting {row['data_wait']:.0%}"
         self._bar.update(self._task, figures=figures)
         if not self._console.is_terminal:       # a file or a SLURM log: one plain line now and then
             self._console.print(f"step {step}/{self._steps}  {figures}", highlight=False)
+
+    def _lost(self, error: OSError, step: int) -> None:
+        if not self._told:
+            logger.warning("rows from step %d on are not in metrics.jsonl (%s); training goes on", step, error.strerror)
+        self._told = True
 
     def warn(self, words: str, step: int) -> None:
         """A warning for the person, the log file and TensorBoard."""

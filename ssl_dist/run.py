@@ -73,7 +73,10 @@ class Run:
         """A sign of life after `step`."""
         self.content["step"] = self.content["attempts"][-1]["to_step"] = step
         if time.monotonic() - self._beat > HEARTBEAT:
-            self._write()
+            try:
+                self._write()
+            except OSError as error:        # a full disk costs a sign of life, and not the run
+                logger.info("run.json: %s", error)
 
     def ends(self, state: str, exit_code: int, step: int | None = None, error: str | None = None) -> None:
         """The last word of this attempt: done, stopped, preempted or failed."""

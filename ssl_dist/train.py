@@ -226,10 +226,14 @@ def _leave_out(own: Parts, batch: Batch, step: int, progress: float, culprit: in
     own.statistics.put_back()
     own.engine.discard()
     own.method.forget()
-    home = finite.bundle(own.path, step, batch, own.method, {
-        "progress": progress, "accumulate": settings.accumulate, "bad": where, "rank": culprit})
     told = (f"the {where} of step {step} is not finite" + ("" if culprit is None else f" on rank {culprit}")
-            + f"; nothing of this step was kept. Look at it: ssl-dist replay {home}")
+            + "; nothing of this step was kept")
+    try:
+        home = finite.bundle(own.path, step, batch, own.method, {
+            "progress": progress, "accumulate": settings.accumulate, "bad": where, "rank": culprit})
+        told += f". Look at it: ssl-dist replay {home}"
+    except OSError as error:        # not for that does a run end
+        logger.warning("the tiles of step %d could not be written to be looked at: %s", step, error)
     if settings.nonfinite == "fail" or len(own.left_out) >= settings.nonfinite_max:
         many = f" ({len(own.left_out)} batches were left out before it)" if own.left_out else ""
         raise NotFinite(f"{told}{many}. Try a smaller optim.lr, a longer optim.warmup, or optim.clip=1; "

@@ -29,6 +29,7 @@ from ssl_dist import points
 logger = logging.getLogger(__name__)
 
 BEAT = 2.0              # seconds between two signs of life
+CROWD = 50              # signs a second that a shared disk is asked to take; of more ranks each gives fewer, but rank 0
 FIRST = 3.0             # so many times the patience for what comes before the end of the first step
 HANG, UNSAVED = 6, 5    # exit codes
 ASKING = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
@@ -42,6 +43,7 @@ class Watch:
     def __init__(self, path: Path, rank: int, world: int, *, hang: float, grace: float, account: Account):
         self.path, self.rank, self.world, self.hang, self.grace = path, rank, world, hang, grace
         self.settled = False        # the first step is over
+        self._pause = max(BEAT, world / CROWD)
         self._account, self._beat, self._asked = account, 0, 0.0
         self._closing = False
         self._ear, mouth = socket.socketpair()
@@ -70,7 +72,8 @@ class Watch:
                 self._look()
             except OSError as error:        # of a disk that refuses for a while nobody dies
                 logger.info("watching: %s", error)
-            heard, _, _ = select.select([self._ear], [], [], BEAT)
+            pause = BEAT if self.rank == 0 or self._asked else self._pause
+            heard, _, _ = select.select([self._ear], [], [], pause)
             for number in self._ear.recv(64) if heard else b"":
                 if number in ASKING and not self._asked:
                     self._asked = time.monotonic()
@@ -108,7 +111,7 @@ class Watch:
             faulthandler.dump_traceback(file, all_threads=True)
         before = alive(self.path)
         for _ in range(3):
-            time.sleep(BEAT)
+            time.sleep(self._pause)
             self._breathe()
         self._end(HANG, "failed", f"{blame(before, alive(self.path), self.world)}; stacks: {self.path / 'stacks'}. Run "
                   "the same command again to resume from the last checkpoint")
