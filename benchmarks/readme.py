@@ -199,11 +199,34 @@ def safety() -> str:
     lines += [f"| {names[row['name']]} | {100 * row['share']:.2f} |" for row in found["costs"]]
     saved = next(row for row in found["costs"] if row["name"] == "saved")
     return "\n".join(lines) + (
-        f"\n\nMedians of {found['rounds']} interleaved rounds, each against the same steps without it in the same round; "
-        f"what is below a tenth of a per cent is noise. {found['model']}, {found['size']} px, {found['batch']} tiles, "
+        f"\n\nMedians of {found['rounds']} interleaved rounds, each against the same steps without it in the same "
+        f"round. {found['model']}, {found['size']} px, {found['batch']} tiles, "
         f"{found['step']:.2f} s a step. A checkpoint of {found['bytes'] / 1e6:.0f} MB adds "
         f"{saved['seconds_a_checkpoint']:.2f} s to {saved['interval']:,.0f} s of training. {found['cpu']}, "
         f"{found['cpus']} cores, torch {found['versions']['torch']}, {found['date']}. Plot: "
+        f"`benchmarks/results/{found['plot']}`.")
+
+
+def kills() -> str:
+    """The table of runs that were struck: the newest result file."""
+    found = _newest("kills_")
+    if not found:
+        return "Not measured yet."
+    rows: dict[tuple[str, str], list[dict]] = {}
+    for row in found["strikes"]:
+        rows.setdefault((row["signal"], row["target"]), []).append(row)
+    lines = ["| signal | to | strikes | samples as without | weights equal to the last bit | ranks that outlived it | "
+             "seconds to the last end, at most |", "|---" * 7 + "|"]
+    for (signal, target), own in sorted(rows.items()):
+        lines.append(f"| {signal} | {target} | {len(own)} | {sum(row['ledger'] for row in own)} | "
+                     f"{sum(row['weights'] for row in own)} | {sum(len(row['outlived']) for row in own)} | "
+                     f"{max(row['seconds'] for row in own):.0f} |")
+    every = found["strikes"]
+    return "\n".join(lines) + (
+        f"\n\n{len(every)} strikes at random times (seed {found['seed']}) on {len({row['run'] for row in every})} runs "
+        f"of five methods, {found['world']} ranks, {found['steps']} steps, a checkpoint every two; every run was taken up "
+        "again after each and then left to its end. A process that is stopped can end nothing: of those, the launcher "
+        f"ends what is left. {found['cpu']}, {found['cpus']} cores, {found['date']}. Plot: "
         f"`benchmarks/results/{found['plot']}`.")
 
 
@@ -275,7 +298,7 @@ def _read(path: Path) -> dict:
 
 
 PARTS = {"tree": tree, "demo": demo, "data": data, "stream": stream, "shard": shard, "train": train, "learn": learn,
-         "safety": safety}
+         "safety": safety, "kills": kills}
 
 
 def main() -> int:
