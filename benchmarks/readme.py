@@ -192,19 +192,16 @@ def safety() -> str:
     found = _newest("safety_")
     if not found:
         return "Not measured yet."
-    names = {"watched": "the watch: named points, statistics kept, what ranks agree on, signs of life",
+    names = {"watch": "the watch: named points, statistics kept, what ranks agree on, signs of life",
              "ledger": "the ledger of samples (`debug.ledger`)", "digests": "the checksum of every tile",
-             "saved": "checkpoints at the default interval, written beside the training"}
+             "checkpoints": "checkpoints at the default interval, written beside the training"}
     lines = ["| what safety costs | % of the time of training |", "|---|---|"]
     lines += [f"| {names[row['name']]} | {100 * row['share']:.2f} |" for row in found["costs"]]
-    saved = next(row for row in found["costs"] if row["name"] == "saved")
     return "\n".join(lines) + (
-        f"\n\nMedians of {found['rounds']} interleaved rounds, each against the same steps without it in the same "
-        f"round. {found['model']}, {found['size']} px, {found['batch']} tiles, "
-        f"{found['step']:.2f} s a step. A checkpoint of {found['bytes'] / 1e6:.0f} MB adds "
-        f"{saved['seconds_a_checkpoint']:.2f} s to {saved['interval']:,.0f} s of training. {found['cpu']}, "
-        f"{found['cpus']} cores, torch {found['versions']['torch']}, {found['date']}. Plot: "
-        f"`benchmarks/results/{found['plot']}`.")
+        f"\n\nMedians of {found['rounds']} rounds of {found['steps']} steps. {found['model']}, {found['size']} px, "
+        f"{found['batch']} tiles, {found['step']:.2f} s a step; a checkpoint of {found['bytes'] / 1e6:.0f} MB in "
+        f"{found['interval']:,.0f} s. {found['cpu']}, {found['cpus']} cores, torch {found['versions']['torch']}, "
+        f"{found['date']}. Plot: `benchmarks/results/{found['plot']}`.")
 
 
 def kills() -> str:
@@ -224,9 +221,9 @@ def kills() -> str:
     every = found["strikes"]
     return "\n".join(lines) + (
         f"\n\n{len(every)} strikes at random times (seed {found['seed']}) on {len({row['run'] for row in every})} runs "
-        f"of five methods, {found['world']} ranks, {found['steps']} steps, a checkpoint every two; every run was taken up "
-        "again after each and then left to its end. A process that is stopped can end nothing: of those, the launcher "
-        f"ends what is left. {found['cpu']}, {found['cpus']} cores, {found['date']}. Plot: "
+        f"of five methods, {found['world']} ranks, {found['steps']} steps, a checkpoint every two; every run was taken "
+        "up again after each and then left to its end. A process that is stopped can end nothing, so its launcher has "
+        f"to. {found['cpu']}, {found['cpus']} cores, {found['date']}. Plot: "
         f"`benchmarks/results/{found['plot']}`.")
 
 

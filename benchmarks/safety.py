@@ -1,25 +1,25 @@
-"""What safety costs: the training step with the ledger, the watch, digests and checkpoints, and without.
+"""What safety costs: of the time of a training step, the part of the watch, the ledger, digests and checkpoints.
 
-    python benchmarks/safety.py [--rounds N] [--seconds S] [--batch N] [--model resnet18] [--every N]
+    python benchmarks/safety.py [--rounds N] [--steps N] [--batch N] [--model resnet18]
 
-One process, SimCLR on tiles of PatchCamelyon that stay in memory, contenders in turns:
+One process, SimCLR on tiles that stay in memory. A machine's steps differ by several per cent from one to the next, and
+what is looked for is far less: so every piece is timed where it runs, and the watching thread by its processor time.
 
-    bare            forward, backward, gradient norm, step
-    watched         with named points, statistics that can be put back, what ranks agree on, and the watching thread
-    ledger          watched, and every sample written down
-    digests         watched, and the checksum of every tile taken, as the reader does
-    saved           watched, and a checkpoint begun at the start of the turn, written beside it and published
-
-A turn of `saved` is told as what one checkpoint adds, in steps: the default writes one in 500 steps or 15 minutes,
-whichever is less.
+    watch           named points, statistics that can be put back, what ranks agree on, signs of life
+    ledger          every sample written down
+    digests         the checksum of every tile taken, as the reader does
+    checkpoints     what turns with a checkpoint, written beside the steps and published, take more than turns without,
+                    as a part of the default interval: 500 steps or 15 minutes, whichever is less
 """
 
 import argparse
+import contextlib
 import statistics
 import sys
 import tempfile
 import time
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ from ssl_dist.methods import simclr
 from ssl_dist.models.encoder import Encoder
 
 SIZE = 64
+PIECES = ("watch", "ledger", "digests")
 GOALS = {"ledger, watch and digests": 0.01, "checkpoints": 0.02}
 INTERVAL = 500, 15 * 60         # steps and seconds between two checkpoints, the defaults
 
@@ -51,6 +52,7 @@ class Loop:
         self.method = simclr.Method(simclr.Config(views=(View(count=2, size=SIZE),)), encoder)
         settings = Train(run=folder, data=config.Data(shards=[], batch=told.batch), method={}, steps=1)
         self.engine = Engine(self.method, optim.build(self.method, Optim()), config.deepspeed(settings, 1), self.cpu)
+        self.spent = dict.fromkeys(PIECES, 0.0)
         self.statistics, self.ledger = finite.Statistics(self.method), Ledger(folder, reader)
         self.saver = checkpoint.Saver(folder / "checkpoints", self.engine, config.Checkpoint())
         numbers, rows = np.random.default_rng(0), reader.all_rows()
@@ -59,52 +61,62 @@ class Loop:
         self.batches = [Batch([torch.from_numpy(numbers.integers(0, 256, (told.batch, SIZE, SIZE, 3), dtype=np.uint8))
                                for _ in range(2)], [], rows, np.arange(told.batch)) for rows in self.rows]
 
-    def step(self, number: int, *, watched: bool = True, ledger: bool = False, digests: bool = False) -> None:
+    def step(self, number: int) -> None:
         """As train.py goes through it."""
         batch = self.batches[number % 4]
-        if watched:
+        with self.piece("watch"):
             points.alone.begins()
             points.at("data.next", number)
             self.statistics.keep()
             points.at("step.forward", number)
-        if digests:
+        with self.piece("digests"):
             for image in self.encoded[number % 4]:
                 zlib.crc32(image)
         loss = self.engine(batch, 0.5)["loss"]
-        if watched:
+        with self.piece("watch"):
             points.at("step.backward", number)
             points.alone.meets()
         self.engine.backward(loss)
-        if watched:
+        value = float(loss.detach())        # the loop without a watch would look at it, too
+        with self.piece("watch"):
             points.at("step.agree", number)
-            dist.largest([0.0, float(self.saver.due()), float(self.saver.writing), float(loss.detach()) < 0], self.cpu)
+            dist.largest([0.0, float(self.saver.due()), float(self.saver.writing), float(value < 0)], self.cpu)
         self.engine.gradient_norm()
-        if watched:
+        with self.piece("watch"):
             points.at("step.update", number)
         self.engine.step()
-        if watched:
+        with self.piece("watch"):
             points.at("step.after", number)
-        if ledger:
+        with self.piece("ledger"):
             self.ledger.write(number, batch)
 
-    def turn(self, name: str, steps: int) -> float:
-        """Seconds of so many steps, and of all that belongs to them."""
-        one = None if name == "bare" else watch.Watch(self.folder, 0, 1, hang=600, grace=25, account=lambda *_: None)
+    @contextlib.contextmanager
+    def piece(self, name: str) -> Iterator[None]:
+        """Counts what is spent in the block."""
+        since = time.perf_counter()
+        yield
+        self.spent[name] += time.perf_counter() - since
+
+    def turn(self, steps: int, *, saved: bool) -> dict[str, float]:
+        """Seconds of so many steps, and of the pieces in them."""
+        one = watch.Watch(self.folder, 0, 1, hang=600, grace=25, account=lambda *_: None)
         for number in range(2):
             self.step(number)
-        started = time.perf_counter()
-        if name == "saved":
+        self.spent = dict.fromkeys(PIECES, 0.0)
+        clock = time.pthread_getcpuclockid(one._thread.ident or 0)
+        started, before = time.perf_counter(), time.clock_gettime(clock)
+        if saved:
             self.saver.begin(0, {})
         for number in range(steps):
-            self.step(number, watched=name != "bare", ledger=name == "ledger", digests=name == "digests")
+            self.step(number)
             if self.saver.pending and not self.saver.writing:
                 self.saver.publish()
         if self.saver.pending:
             self.saver.publish()
-        seconds = time.perf_counter() - started
-        if one:
-            one.close()
-        return seconds
+        self.spent["watch"] += time.clock_gettime(clock) - before
+        found = {**self.spent, "seconds": time.perf_counter() - started}
+        one.close()
+        return found
 
 
 def draw(found: dict[str, Any]) -> Any:
@@ -121,20 +133,15 @@ def draw(found: dict[str, Any]) -> Any:
     return figure
 
 
-def costs(turns: dict[str, list[float]], steps: int) -> list[dict[str, Any]]:
-    """Shares of the time of training, each against the turn before it in the same round."""
-    found = []
-    for name, against in (("watched", "bare"), ("ledger", "watched"), ("digests", "watched")):
-        rounds = [own / other - 1 for own, other in zip(turns[name], turns[against], strict=True)]
-        found.append({"name": name, "share": round(statistics.median(rounds), 4), "rounds": [round(each, 4)
-                                                                                             for each in rounds]})
-    step = statistics.median(turns["watched"]) / steps
+def costs(plain: list[dict[str, float]], saved: list[dict[str, float]], steps: int) -> list[dict[str, Any]]:
+    """Shares of the time of training, a figure a round."""
+    rounds = {name: [turn[name] / turn["seconds"] for turn in plain] for name in PIECES}
+    step = statistics.median(turn["seconds"] for turn in plain) / steps
     interval = min(INTERVAL[0], INTERVAL[1] / step) * step
-    rounds = [(own - other) / interval for own, other in zip(turns["saved"], turns["watched"], strict=True)]
-    found.append({"name": "saved", "share": round(statistics.median(rounds), 4),
-                  "rounds": [round(each, 4) for each in rounds], "interval": round(interval, 1),
-                  "seconds_a_checkpoint": round(statistics.median(rounds) * interval, 3)})
-    return found
+    rounds["checkpoints"] = [(own["seconds"] - other["seconds"]) / interval
+                             for own, other in zip(saved, plain, strict=True)]
+    return [{"name": name, "share": round(statistics.median(own), 5), "rounds": [round(each, 5) for each in own]}
+            for name, own in rounds.items()] + [{"interval": round(interval, 1)}]
 
 
 def main() -> None:
@@ -152,14 +159,15 @@ def main() -> None:
         torch.set_num_threads(measure.CORES)
         reader = Reader(measure.shards("pcam", Path(folder)))
         loop = Loop(told, Path(folder), reader)
-        turns: dict[str, list[float]] = {name: [] for name in ("bare", "watched", "ledger", "digests", "saved")}
+        plain, saved = [], []
         for number in range(told.rounds):
-            for name, own in turns.items():
-                own.append(loop.turn(name, told.steps))
-                sys.stderr.write(f"round {number + 1} of {told.rounds}: {name}: {own[-1]:.3f} s\n")
+            plain.append(loop.turn(told.steps, saved=False))
+            saved.append(loop.turn(told.steps, saved=True))
+            sys.stderr.write(f"round {number + 1} of {told.rounds}: {plain[-1]}\n")
         dist.stop()
-    found |= {"turns": turns, "costs": costs(turns, told.steps),
-              "step": round(statistics.median(turns["watched"]) / told.steps, 4),
+    *rows, last = costs(plain, saved, told.steps)
+    found |= {"costs": rows, **last,
+              "step": round(statistics.median(turn["seconds"] for turn in plain) / told.steps, 4),
               "bytes": sum(each.numel() * 4 for each in loop.method.parameters()) * 3}
     sys.stderr.write(f"{measure.keep(found, 'safety', draw, measure.RESULTS)}\n")
 
