@@ -88,7 +88,7 @@ def draw(results: dict[str, dict[int, dict[str, Any]]]) -> Any:
                       label=f"colour histograms, {protocol}")
     right.set(xticks=range(len(names)), xticklabels=[f"{name}\nkNN   linear" for name in names],
               ylabel="accuracy on tiles never trained on, %")
-    right.legend(frameon=False, loc="lower right")
+    right.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
     return figure

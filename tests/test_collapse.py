@@ -58,3 +58,13 @@ def test_of_a_few_tiles_nothing_is_said() -> None:
     assert base.spread(torch.randn(base.FEW - 1, 16)) == {}
     assert set(base.spread(torch.randn(base.FEW, 16))) == {"deviation", "rank"}
     assert not any(heard([{"loss": 1.0}] * 20))
+
+
+def test_a_loss_that_leaps_is_told_once_a_leap_and_noise_is_not() -> None:
+    noise = [3.0 + 0.1 * math.sin(7 * number) for number in range(60)]
+    assert not any(heard([{"loss": loss} for loss in noise]))
+    told = heard([{"loss": loss} for loss in [*noise, 9.0, 9.0, *noise, 9.0]])
+    assert [place for place, words in enumerate(told) if words] == [60, 122]
+    assert "leaps to 9, from 3" in told[60][0]
+    assert "optim.clip=1" in told[60][0]
+    assert not any(heard([{"loss": loss} for loss in [3.0] * 10 + [9.0]])), "too few rows to say anything"

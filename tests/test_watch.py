@@ -69,7 +69,7 @@ print("ready", flush=True)
 threading.Lock().acquire()
 stuck = threading.Lock()
 stuck.acquire()
-time.sleep(2) if sys.argv[4] == "moves" else None
+time.sleep(5) if sys.argv[4] == "moves" else None
 points.at("step.agree", 41) if sys.argv[4] == "moves" else None
 if sys.argv[4] == "moves":
     one.close()
@@ -107,7 +107,7 @@ def test_a_signal_that_no_handler_hears_is_heard_and_its_grace_ends_the_rank(tmp
 
 
 def test_a_rank_that_comes_along_is_left_in_peace_and_its_sign_grows(tmp_path: Path) -> None:
-    process = started(tmp_path, 5, 100, "moves")
+    process = started(tmp_path, 60, 100, "moves")
     assert process.wait(60) == 0
     told = watch.alive(tmp_path)[0]
     assert told["beat"] >= 2
