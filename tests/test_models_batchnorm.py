@@ -123,8 +123,8 @@ def test_ranks_together_do_what_torchs_batchnorm_does_on_the_whole_batch(world: 
         torchs = train(nn.Sequential(copy.deepcopy(network)), shape)
         expected = train(nn.Sequential(network).double(), shape, torch.float64)
         # As near the truth of float64 as torch's own in float32, give or take; a wrong term is far off.
-        rounding = 4e-5 + 8 * max(float((torchs[name] - truth).abs().max()) / extent(truth)
-                                  for name, truth in expected.items())
+        rounding = 4e-5 + 16 * max(float((torchs[name] - truth).abs().max()) / extent(truth)
+                                   for name, truth in expected.items())
         assert rounding < 0.01
         for name, truth in expected.items():
             found = [rank[case][name] for rank in ranks]
