@@ -83,15 +83,18 @@ def train(settings: Train, allowed: Sequence[str] = ()) -> int:
     `allowed`: keys that may differ from those that the run was begun with.
     """
     device = dist.device(settings.device)
-    # The watch ends a hang; the group's own patience is for where it cannot.
-    dist.start(device, timedelta(seconds=watch.FIRST * settings.hang + 60))
     points.arm(settings.debug.faults)
     path, run = Path(settings.run), None
     with contextlib.ExitStack() as stack:
+        # Before the ranks meet: whoever died of a signal then would keep the others waiting.
+        asked = stack.enter_context(runs.asked_to_stop())
+        joining = watch.Joining(watch.FIRST * settings.hang)
+        stack.callback(joining.over)
+        # The watch ends a hang; the group's own patience is for where it cannot.
+        dist.start(device, timedelta(seconds=watch.FIRST * settings.hang + 60))
         stack.callback(dist.stop)
         owner = dist.once(lambda: stack.enter_context(lock.hold(path)))
         runs.log_to(path)
-        asked = stack.enter_context(runs.asked_to_stop())
         runs.end_with_launcher()
         try:
             reader = _reader(settings)
@@ -110,6 +113,7 @@ def train(settings: Train, allowed: Sequence[str] = ()) -> int:
             run = runs.Run(path, settings.steps, device)
             watching = Watch(path, dist.rank(), dist.world(), hang=settings.hang, grace=settings.grace,
                              account=run.breaks_off)
+            joining.over()
             stack.callback(watching.close)
             own = _built(settings, path, run, device, reader, identity, found, watching, asked, owner)
             stack.callback(own.log.close)

@@ -125,6 +125,27 @@ class Watch:
         os._exit(code)      # the main thread will not come back
 
 
+class Joining:
+    """Ends this process where the ranks do not come together: a store that was stopped answers nobody, for ever."""
+
+    def __init__(self, seconds: float):
+        self._timer = threading.Timer(seconds, self._end, (seconds,))
+        self._timer.daemon = True
+        self._timer.start()
+
+    def over(self) -> None:
+        """They are together, and `Watch` takes over."""
+        self._timer.cancel()
+
+    @staticmethod
+    def _end(seconds: float) -> None:
+        sys.stderr.write(f"ssl-dist: error: rank {os.environ.get('RANK', 0)} has waited {seconds:.0f} s for the other "
+                         "ranks to start; look whether all were started, and reach each other. Run the same command "
+                         "again\n")
+        sys.stderr.flush()
+        os._exit(HANG)
+
+
 def alive(path: Path) -> dict[int, dict[str, Any]]:
     """The last sign of life of every rank."""
     found = {}

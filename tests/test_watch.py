@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -115,6 +116,21 @@ def test_a_rank_that_comes_along_is_left_in_peace_and_its_sign_grows(tmp_path: P
     assert not (tmp_path / "account").exists()
     watch.forget(tmp_path)
     assert watch.alive(tmp_path) == {}
+
+
+def test_a_rank_that_nobody_joins_ends_in_a_sentence(tmp_path: Path) -> None:
+    """Of two ranks the first is stopped as soon as its store listens, and the second waits for its answer."""
+    words = [sys.executable, "-m", "ssl_dist", "train", "demo", f"run={tmp_path / 'run'}", f"data.shards=[{tmp_path}]",
+             "data.batch=8", "hang=5", "device=cpu"]
+    with socket.socket() as silent:         # it takes the call, and says nothing
+        silent.bind(("localhost", 0))
+        silent.listen()
+        done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=120, env={
+            **os.environ, "PYTHONPATH": str(ROOT), "RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1",
+            "MASTER_ADDR": "localhost", "MASTER_PORT": str(silent.getsockname()[1])})
+    assert done.returncode == watch.HANG
+    assert "rank 1 has waited 15 s for the other ranks to start" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 # ---- points
