@@ -20,6 +20,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import learn
 import measure
 import numpy as np
 
@@ -135,7 +136,7 @@ def main() -> None:
     told = parser.parse_args()
     found: dict[str, Any] = {**measure.machine(), "seed": told.seed, "world": WORLD, "steps": STEPS}
     with tempfile.TemporaryDirectory() as scratch:
-        (shard,) = measure.shards("pcam", Path(scratch))
+        shard = learn.shards(Path(scratch))
         chance, home = random.Random(told.seed), Path(scratch) / "runs"
         found["strikes"] = forked(home, shard, told.strikes, chance)
         found["strikes"] += launched(home, shard, told.launched, chance)
