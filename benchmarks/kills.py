@@ -25,15 +25,17 @@ import measure
 import numpy as np
 
 drill = runpy.run_path(str(Path(__file__).resolve().parent.parent / "tests" / "drill.py"))
-METHODS, WORLD, STEPS = tuple(drill["METHODS"]), drill["WORLD"], drill["STEPS"]
+METHODS, WORLD = tuple(drill["METHODS"]), drill["WORLD"]
+STEPS = 40
+LONG = [f"steps={STEPS}", "hang=10"]
 SIGNALS = (*[signal.SIGKILL] * 9, *[signal.SIGTERM] * 5, *[signal.SIGUSR2] * 5, signal.SIGSTOP)
 EACH = 4                # strikes a run
-LATEST = 6.0            # seconds after the start of an attempt; a whole one takes about as long
+LATEST = 4.0            # seconds after the start of an attempt; what hits nothing any more does not count
 
 
 def forked(home: Path, shard: Path, count: int, chance: random.Random) -> list[dict[str, Any]]:
     """Strikes at one rank or all."""
-    jobs: list[tuple[Any, ...]] = [(f"whole {method}", WORLD, [], method) for method in METHODS]
+    jobs: list[tuple[Any, ...]] = [(f"whole {method}", WORLD, LONG, method) for method in METHODS]
     strikes: list[dict[str, Any] | None] = [None] * len(jobs)
     for number in range(count // EACH):
         method = METHODS[number % len(METHODS)]
@@ -43,8 +45,8 @@ def forked(home: Path, shard: Path, count: int, chance: random.Random) -> list[d
                 ranks = ranks[:1]       # who is stopped ends nothing; the others do
             strike = {"after": chance.uniform(0.3, LATEST), "signal": int(sent), "ranks": ranks}
             strikes.append({"signal": sent.name, "target": "all ranks" if len(ranks) > 1 else "one rank"})
-            jobs.append((f"struck {number} {method}", WORLD, ["hang=10"], method, strike))
-        jobs.append((f"struck {number} {method}", WORLD, [], method))
+            jobs.append((f"struck {number} {method}", WORLD, LONG, method, strike))
+        jobs.append((f"struck {number} {method}", WORLD, LONG, method))
         strikes.append(None)
     ended = drill["drills"](home, shard, jobs)
     places: Counter[str] = Counter()
@@ -52,7 +54,7 @@ def forked(home: Path, shard: Path, count: int, chance: random.Random) -> list[d
     for (name, *_), strike in zip(jobs, strikes, strict=True):
         end = ended[name][places[name]]
         places[name] += 1
-        if strike:
+        if strike and any(end.codes):
             found.append({**strike, "run": name, "codes": end.codes, "seconds": round(end.seconds, 1),
                           "outlived": end.outlived})
     for each in found:
@@ -77,7 +79,7 @@ def launched(home: Path, shard: Path, count: int, chance: random.Random) -> list
     for number in range(count):
         method, name = METHODS[number % len(METHODS)], f"launched {number} {METHODS[number % len(METHODS)]}"
         words = [sys.executable, "-m", "ssl_dist", "launch", "local", f"ranks={WORLD}", "--", "train",
-                 *drill["words"](home / name, shard, method=method)]
+                 *drill["words"](home / name, shard, *LONG, method=method)]
         target, sent = chance.choice(["torchrun", "the group"]), chance.choice(SIGNALS[:-1])
         said = (home / f"{name}.txt").open("a")
         process = subprocess.Popen(words, stderr=said, stdout=said, start_new_session=True,

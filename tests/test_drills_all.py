@@ -81,7 +81,7 @@ def struck(home: Path, shard: Path) -> dict[str, list[Any]]:
             ranks = chance.choice([[0], [1], [2], [0, 1, 2]])
             sent = chance.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGUSR2])
             jobs.append((f"struck {number} {method}", WORLD, [], method,
-                         {"after": chance.uniform(0.5, 6.0), "signal": int(sent), "ranks": ranks}))
+                         {"after": chance.uniform(0.3, 2.5), "signal": int(sent), "ranks": ranks}))
         jobs.append((f"struck {number} {method}", WORLD, [], method))
     return drill["drills"](home / "strikes", shard, jobs)
 
