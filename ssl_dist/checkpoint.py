@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load as tensors_from_bytes
-from safetensors.torch import save as tensors_to_bytes
 from torch import Tensor
 
 from shards import folder
@@ -110,7 +109,7 @@ class Saver:
             return
         try:
             for file, tensors in content.items():
-                data = tensors if isinstance(tensors, bytes) else _bytes(tensors)
+                data = tensors if isinstance(tensors, bytes) else finite.packed(tensors)
                 points.at_side("save.file", self._step, self._draft / file)
                 folder.write(self._draft / file, data)
                 self._files.append({"name": file, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()})
@@ -269,12 +268,13 @@ def state(path: Path) -> dict[str, Any]:
 
 def load(path: Path, engine: Engine) -> int:
     """Puts weights, optimizer state and this rank's buffers back; returns the step to go on with."""
-    own = path / f"rank-{dist.rank():05d}.safetensors"
+    step, own = state(path)["step"], path / f"rank-{dist.rank():05d}.safetensors"
+    points.at("resume.load", step, path / "weights.safetensors")
     # More ranks than there were: running statistics of rank 0 stand in for those that nobody kept.
     buffers = own if own.exists() else path / "rank-00000.safetensors"
     engine.restore(_tensors(path / "weights.safetensors"), _tensors(buffers), _tensors(path / "optimizer.safetensors"))
     logger.info("resumed from %s", path)
-    return state(path)["step"]
+    return step
 
 
 def weights(path: Path) -> dict[str, Tensor]:
@@ -317,10 +317,6 @@ def _refused(root: Path, step: int, error: OSError, need: int) -> str:
         free = "the disk does not say what is free"
     reason = error.strerror if isinstance(error, StorageError) else os.strerror(error.errno or 0)
     return f"{root}: the checkpoint of step {step} was refused ({reason}); it needs {need / 1e9:.3f} GB, {free}"
-
-
-def _bytes(tensors: dict[str, Tensor]) -> bytes:
-    return tensors_to_bytes({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
 
 
 def _tensors(path: Path) -> dict[str, Tensor]:

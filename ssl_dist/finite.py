@@ -55,9 +55,9 @@ def bundle(path: Path, step: int, batch: Batch, method: nn.Module, facts: dict[s
     tensors = {**{f"view{number}": view for number, view in enumerate(batch.views)},
                **{f"box{number}": torch.from_numpy(box) for number, box in enumerate(batch.boxes)},
                "rows": torch.from_numpy(batch.rows), "positions": torch.from_numpy(batch.positions)}
-    folder.write(home / f"tiles-{dist.rank():05d}.safetensors", _bytes(tensors))
+    folder.write(home / f"tiles-{dist.rank():05d}.safetensors", packed(tensors))
     if dist.rank() == 0:
-        folder.write(home / "method.safetensors", _bytes(method.state_dict()))
+        folder.write(home / "method.safetensors", packed(method.state_dict()))
         folder.write_json(home / "step.json", {"step": step, "world": dist.world(), **facts})
     return home
 
@@ -88,7 +88,8 @@ def examine(method: nn.Module, batch: Batch, progress: float) -> dict[str, Any]:
             "weights": offenders(dict(method.named_parameters())), "outputs": found, "gradients": offenders(gradients)}
 
 
-def _bytes(tensors: dict[str, Tensor]) -> bytes:
+def packed(tensors: dict[str, Tensor]) -> bytes:
+    """Tensors as the content of a safetensors file."""
     return save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
 
 

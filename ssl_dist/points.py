@@ -48,12 +48,11 @@ class Fault:
 
 @dataclass
 class Mark:
-    """Where a rank is: since when (a clock that only runs), and how often it came by any point."""
+    """Where a rank is, and since when, by a clock that only runs."""
 
     point: str
     step: int
     since: float
-    count: int = 0
 
 
 def fault(words: str) -> Fault:
@@ -86,12 +85,12 @@ _mark = Mark("start", -1, time.monotonic())
 def arm(words: list[str]) -> None:
     """A run begins here: from now on these faults happen in this process, and no others."""
     _faults[:] = map(fault, words)
-    _mark.point, _mark.step, _mark.since, _mark.count = "start", -1, time.monotonic(), 0
+    _mark.point, _mark.step, _mark.since = "start", -1, time.monotonic()
 
 
 def at(point: str, step: int, path: Path | None = None) -> None:
     """This rank comes by a point. `path`: the file that is at stake there."""
-    _mark.point, _mark.step, _mark.since, _mark.count = point, step, time.monotonic(), _mark.count + 1
+    _mark.point, _mark.step, _mark.since = point, step, time.monotonic()
     at_side(point, step, path)
 
 

@@ -100,7 +100,7 @@ def train(settings: Train, allowed: Sequence[str] = ()) -> int:
             reader = _reader(settings)
             dist.once(reader.verify)
             settings = config.with_steps(settings, _stream(settings, reader).steps_an_epoch)
-            _tries(settings, dist.world())
+            _tries(settings, _plan(settings), dist.world())
             if words := _imitated(settings, device):
                 _tell(f"warning: {words}")
             identity = _identity(settings, reader)
@@ -308,7 +308,7 @@ def _plan(settings: Train) -> Method:
         return build(settings)
 
 
-def _tries(settings: Train, world: int) -> None:
+def _tries(settings: Train, plan: Method, world: int) -> None:
     """Refuses what the encoder would choke on at the first step."""
     tiles = config.rank_batch(settings, world) // settings.accumulate
     if settings.encoder.batchnorm == "synchronised":
@@ -320,7 +320,7 @@ def _tries(settings: Train, world: int) -> None:
                            "which it cannot learn from; use a larger data.batch"
                            + (", a smaller accumulate" if settings.accumulate > 1 else "")
                            + (", or encoder.batchnorm=synchronised" if settings.encoder.batchnorm == "local" else "")])
-    for size in sorted({view.size for view in _plan(settings).views}):
+    for size in sorted({view.size for view in plan.views}):
         encoder.tries(tiles, size)
 
 
@@ -425,8 +425,8 @@ def rehearse(settings: Train, world: int, allowed: Sequence[str] = ()) -> dict[s
     reader = _reader(settings)
     stream = _stream(settings, reader)
     settings = config.with_steps(settings, stream.steps_an_epoch)
-    _tries(settings, world)
     method = _plan(settings)
+    _tries(settings, method, world)
     weights = sum(parameter.numel() for parameter in method.parameters())
     path = Path(settings.run)
     words = _imitated(settings, dist.device(settings.device))

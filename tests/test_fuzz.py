@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
+import torch
 
 from shards.index import ShardError
-from ssl_dist import checkpoint, config, dist, finite, schema
+from ssl_dist import checkpoint, config, schema
 from ssl_dist.data.reader import Reader
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -113,8 +113,6 @@ class Numbers:
     """What a checkpoint asks of an engine."""
 
     def __init__(self, step: int) -> None:
-        import torch
-
         self.value = torch.full((50,), float(step))
 
     def weights(self) -> dict[str, Any]:
@@ -140,6 +138,3 @@ def test_of_a_damaged_checkpoint_the_one_before_is_taken(file: str, count: int, 
     found = list(survived(count, lambda chance: void(path.write_bytes(damaged(plain, chance))), used, ()))
     assert set(found) <= {2.0, 4.0}
     assert found.count(2.0) > count // 2
-    assert dist.world() == 1
-    assert np.isfinite(found).all()
-    assert not finite.offenders(checkpoint.weights(tmp_path / "step-000002"))

@@ -157,12 +157,16 @@ def test_whoever_goes_on_in_other_parts_is_told_the_two_numbers(tmp_path: Path) 
     assert train._hold(tmp_path, {"seed": 0, "accumulate": 2}, tmp_path) == 3
 
 
+def tried(settings: Train, world: int) -> None:
+    train._tries(settings, train._plan(settings), world)
+
+
 def test_views_that_the_network_does_not_take_are_refused_before_the_first_step() -> None:
     vit = {"method": {"name": "dino"}, "encoder": config.Encoder("vit_tiny_patch16_224", {"img_size": 224})}
     with pytest.raises(EncoderError, match=r"tiles of 96 pixels .*dynamic_img_size=true"):
-        train._tries(dataclasses.replace(told(), **vit), 1)
+        tried(dataclasses.replace(told(), **vit), 1)
     fitting = config.Encoder("vit_tiny_patch16_224", {"img_size": 224, "dynamic_img_size": True})
-    train._tries(dataclasses.replace(told(), **{**vit, "encoder": fitting}), 1)
+    tried(dataclasses.replace(told(), **{**vit, "encoder": fitting}), 1)
 
 
 @pytest.mark.parametrize(("batch", "world", "how", "needle"), [
@@ -171,10 +175,10 @@ def test_views_that_the_network_does_not_take_are_refused_before_the_first_step(
     (4, 1, {"accumulate": 4}, "a smaller accumulate")])
 def test_a_batchnorm_that_would_see_one_tile_is_refused(batch: int, world: int, how: dict, needle: str) -> None:
     with pytest.raises(ConfigError, match="one tile at a time") as refused:
-        train._tries(told(batch=batch, **how), world)
+        tried(told(batch=batch, **how), world)
     assert needle in str(refused.value) and f"data.batch={batch} on {world} ranks" in str(refused.value)
-    train._tries(told(batch=2 * batch, **how), world)
-    train._tries(told(batch=batch, **{**how, "encoder": config.Encoder("vit_tiny_patch16_224")}), world)
+    tried(told(batch=2 * batch, **how), world)
+    tried(told(batch=batch, **{**how, "encoder": config.Encoder("vit_tiny_patch16_224")}), world)
 
 
 def test_bf16_on_a_processor_without_it_is_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
