@@ -3,7 +3,8 @@
 As a program: drill.py JOBS.json does the jobs one after the other and writes what became of each beside it. A job is
 {"words": [...], "world": 3}: the words of `ssl-dist train`. Its ranks get what torchrun gives them; once one has ended
 badly, the others have PATIENCE seconds to end by themselves, as under a launcher that only waits. A strike,
-{"after": 1.5, "signal": 9, "ranks": [1]}, is a signal to some of them at a time that nobody chose by what they do.
+{"after": 1.5, "signal": 9, "ranks": [1]}, is a signal to some of them at a time that nobody chose by what they do;
+{"rows": 1, "shell": "rm …"} does something to their world once so many rows are logged.
 """
 
 import contextlib
@@ -150,6 +151,13 @@ def _be(rank: int, world: int, port: int, words: list[str], output: Path) -> int
     return 0
 
 
+def _due(strike: dict[str, Any], seconds: float, words: list[str]) -> bool:
+    if "after" in strike:
+        return seconds > strike["after"]
+    rows = Path(next(word for word in words if word.startswith("run=")).partition("=")[2]) / "metrics.jsonl"
+    return rows.exists() and rows.read_text().count("\n") >= strike["rows"]
+
+
 def _do(job: dict[str, Any], folder: Path) -> dict[str, Any]:
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
@@ -170,8 +178,10 @@ def _do(job: dict[str, Any], folder: Path) -> dict[str, Any]:
         ranks[child] = rank
     codes, first, outlived, strike = [0] * world, 0.0, [], job.get("strike")
     while ranks:
-        if strike and time.monotonic() - begun > strike["after"]:
-            for child in [child for child, rank in ranks.items() if rank in strike["ranks"]]:
+        if strike and _due(strike, time.monotonic() - begun, job["words"]):
+            if "shell" in strike:
+                subprocess.run(strike["shell"], shell=True, check=True)
+            for child in [child for child, rank in ranks.items() if rank in strike.get("ranks", [])]:
                 os.kill(child, strike["signal"])
             strike = None
         child, status = os.waitpid(-1, os.WNOHANG | os.WUNTRACED)
