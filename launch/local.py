@@ -1,16 +1,18 @@
-"""torchrun on this machine: one rank a GPU, or a few on the CPU."""
+"""torchrun on this machine: one rank a GPU, or a few on the CPU; alone, or with other machines that do the same."""
 
-import json
 import os
 import re
 import signal
 import socket
 import subprocess
 import sys
+import time
 import uuid
 from pathlib import Path
 
-from launch.job import Job
+from launch import account
+from launch.job import Local
+from launch.rank import LAUNCH, MEETING
 
 CPU_RANKS = 2       # enough to be distributed, few enough for a laptop
 
@@ -35,7 +37,7 @@ class PortInUse(RuntimeError):
     exit_code = 2
 
 
-def ranks(job: Job) -> int:
+def ranks(job: Local) -> int:
     """How many processes to start."""
     return job.ranks or gpus() or CPU_RANKS
 
@@ -47,41 +49,39 @@ def gpus() -> int:
     return len([each for each in Path("/dev").glob("nvidia*") if re.fullmatch(r"nvidia\d+", each.name)])
 
 
-def command(job: Job, arguments: list[str], debug: bool = False) -> list[str]:
+def command(job: Local, arguments: list[str], debug: bool = False) -> list[str]:
     """The argv that runs `ssl-dist ARGUMENTS` on every rank."""
     torchrun = ["-m", "torch.distributed.run"] if debug else ["-c", TORCHRUN]
-    # A port of 0 would be free when looked up and perhaps not when used; torchrun itself finds one with --standalone.
-    meet = ["--master-port", str(job.port)] if job.port else ["--standalone"]
+    least, most = job.least_most
+    if job.rendezvous:
+        meet = ["--nnodes", job.nodes, "--rdzv-backend", "c10d", "--rdzv-endpoint", job.rendezvous, "--rdzv-id",
+                "ssl-dist"] + (["--max-restarts", str(job.restarts)] if least < most else [])
+    elif job.port:
+        meet = ["--master-port", str(job.port)]
+    else:       # a port of 0 would be free when looked up and perhaps not when used; torchrun itself finds one
+        meet = ["--standalone"]
     return [sys.executable, *torchrun, "--nproc-per-node", str(ranks(job)), *meet, "-m", "ssl_dist", *arguments]
 
 
-def run(job: Job, arguments: list[str], run_folder: Path | None) -> int:
+def run(job: Local, arguments: list[str], run_folder: Path) -> int:
     """Runs the command to its end. torchrun says 1 for every failure; run.json knows which exit code it was."""
     if job.port:
         _claim(job.port)
     environment = dict(os.environ)
     # What a surrounding job left behind would make the ranks meet somewhere else.
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", MEETING):
         environment.pop(name, None)
     cores = len(os.sched_getaffinity(0))
     environment.setdefault("OMP_NUM_THREADS", str(max(1, cores // ranks(job))))
-    launch = environment["SSL_DIST_LAUNCH"] = uuid.uuid4().hex
+    launch = environment[LAUNCH] = uuid.uuid4().hex
     code = _wait(subprocess.Popen(command(job, arguments, debug="--debug" in arguments), env=environment))
-    if code == 0 or run_folder is None:
-        return code
-    return _account(run_folder, launch) or code
-
-
-def _account(run_folder: Path, launch: str) -> int | None:
-    """The exit code that this launch left in run.json, or, if it ended before it had one, beside a rank's log."""
-    for path in (run_folder / "run.json", *sorted(run_folder.glob("logs/rank-*.exit.json"))):
-        try:
-            account = json.loads(path.read_text())
-            if account.get("attempts", [account])[-1]["launch"] == launch:
-                return int(account["exit_code"])
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            continue
-    return None
+    if code < 0:        # torchrun was killed; its ranks are asked to stop, and have half a minute as under it
+        code = 128 - code
+        for _ in range(300):
+            if account.code(run_folder, launch) is not None:
+                break
+            time.sleep(0.1)
+    return account.settle(run_folder, launch, code) if code else 0
 
 
 def _wait(torchrun: subprocess.Popen) -> int:

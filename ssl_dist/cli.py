@@ -299,20 +299,25 @@ def show(folder: Annotated[Path, typer.Argument(help="A shard folder.")], debug:
 
 @app.command()
 @verb
-def bench(folders: Annotated[list[Path], typer.Argument(help="Shard folders.")],
+def bench(what: Annotated[list[str], typer.Argument(
+              help="Shard folders; or a recipe and key=value words, whose speed is measured on these ranks; or a "
+                   "folder of such runs, for the table of all.")],
           views: Annotated[str, typer.Option(help="A preset of views.")] = "histology",
           batch: Annotated[int, typer.Option(min=1, help="Tiles a step, of one rank.")] = 256,
           seconds: Annotated[float, typer.Option(min=0.01, help="A turn; five parts take two each.")] = 5.0,
           threads: Annotated[int, typer.Option(min=0, help="0: one a core.")] = 0,
           as_json: Annotated[Path | None, typer.Option("--json", help="A file for the figures.",
                                                        show_default=False)] = None,
-          debug: Debug = False) -> None:        # noqa: ARG001
-    """Measure the data path on your own shards and machine: what a step may take and never wait for its tiles."""
+          debug: Debug = False) -> int:         # noqa: ARG001
+    """Measure the data path on your own shards and machine, or a recipe's training on any number of machines."""
     from rich.console import Console
 
     from shards import folder, index
     from ssl_dist import schema
 
+    if not Path(what[0]).is_dir() or list(Path(what[0]).glob("*/bench.json")):
+        return _scaling(what)
+    folders = [Path(each) for each in what]
     for each in folders:
         index.read(each)        # refused before torch is imported
     from ssl_dist import bench as benches
@@ -328,6 +333,25 @@ def bench(folders: Annotated[list[Path], typer.Argument(help="Shard folders.")],
     say(*found.sentences())
     if as_json:
         folder.write(as_json, benches.as_json(found) + "\n")
+    return 0
+
+
+def _scaling(what: list[str]) -> int:
+    """A short run of a recipe on these ranks, or the table of those that were done."""
+    from ssl_dist import scaling
+
+    if Path(what[0]).is_dir():
+        say(*scaling.table(Path(what[0])))
+        return 0
+    from ssl_dist import config as configs
+    from ssl_dist import train as trainer
+
+    settings = configs.load_train(what[0], [*what[1:], *scaling.ALONE])
+    if (code := trainer.train(settings)) == 0 and os.environ.get("RANK", "0") == "0":
+        found = scaling.write(settings.run)
+        say(f"{settings.run}: {found.images_per_second:,.0f} images/s on {found.ranks} ranks of {found.machines} "
+            f"machines, waiting for tiles {found.waiting:.0%} of the time")
+    return code
 
 
 @app.command()
@@ -425,8 +449,11 @@ def train(config: Config, overrides: Overrides = None, print_config: PrintConfig
     if print_config:
         say(schema.dump(settings).rstrip())
         return 0
+    from launch import rank
     from ssl_dist import train as trainer
 
+    if words := rank.words(os.environ):
+        print(f"ssl-dist: warning: {words}", file=sys.stderr)       # noqa: T201
     if dry_run:
         for name, value in trainer.rehearse(settings, int(os.environ.get("WORLD_SIZE", 1)), allow_change or []).items():
             say(f"{name:28} {value}")
@@ -454,14 +481,26 @@ def replay(step: Annotated[Path, typer.Argument(help="RUN/replay/step-000123, as
 
 @app.command()
 @verb
-def status(run: Annotated[Path, typer.Argument(help="A run folder.")],
+def status(run: Annotated[Path, typer.Argument(help="A run folder, or what else was launched.")],
            as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
            debug: Debug = False) -> None:       # noqa: ARG001
     """What became of a run: state, attempts, last step, rate, time left, what went wrong last."""
+    from ssl_dist import jobs
     from ssl_dist import status as statuses
 
-    found = statuses.read(run)
-    say(*([json.dumps(vars(found), indent=2, default=str)] if as_json else statuses.lines(found)))
+    states = jobs.states(run)
+    try:
+        found = statuses.read(run)
+    except statuses.NoRun:
+        if not states:
+            raise
+        told, lines = {"path": run, "state": "submitted"}, [f"{run}: submitted"]
+    else:
+        told, lines = vars(found), statuses.lines(found)
+    if as_json:
+        say(json.dumps({**told, "jobs": [vars(state) for state in states]}, indent=2, default=str))
+    else:
+        say(*lines, *map(str, states))
 
 
 @app.command()
@@ -491,43 +530,54 @@ def runs(folder: Annotated[Path, typer.Argument(help="Looked through for runs, t
 
 @app.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
 @verb
-def launch(where: Annotated[str, typer.Argument(help="local: torchrun on this machine.")],
-           arguments: Annotated[list[str], typer.Argument(help="ranks=N port=N -- VERB CONFIG key=value …")],
+def launch(where: Annotated[str, typer.Argument(help="local: torchrun on this machine; slurm: sbatch.")],
+           arguments: Annotated[list[str], typer.Argument(
+               help="[CLUSTER] key=value … -- VERB CONFIG key=value …; --print shows what would be done.")],
            debug: Debug = False) -> int:       # noqa: ARG001
-    """Run a verb on several ranks without changing a word of it."""
-    from launch import local
-    from launch.job import Job
-    from ssl_dist import config, lock, schema
+    """Run a verb on several ranks, here or on a cluster, without changing a word of it."""
+    from ssl_dist import jobs
 
-    if where != "local":
-        raise schema.ConfigError([f"launch {where!r} is not one of 'local'"])
-    words = [word for word in arguments if word != "--"]
-    first = next((place for place, word in enumerate(words) if "=" not in word), len(words))
-    job, rest = schema.load(Job, None, words[:first]), words[first:]
-    if rest[:1] != ["train"] or len(rest) < 2:
-        raise schema.ConfigError([f"launch runs the verb train, not {' '.join(rest[:1]) or 'nothing'!r}; write: "
-                                  "ssl-dist launch local ranks=2 -- train CONFIG key=value …"])
-    options: list[str] = []
-    overrides: list[str] = []
-    for before, word in zip(rest[1:], rest[2:], strict=False):
-        (options if word.startswith("--") or before == "--allow-change" else overrides).append(word)
-    settings = config.load(config.Train, rest[1], overrides)
-    config.rank_batch(settings, local.ranks(job))
-    if settings.device == "cuda" and not local.gpus():
-        raise schema.ConfigError(["device='cuda', but this machine shows no GPU; `ssl-dist doctor` says more, "
-                                  "device=auto takes the CPU"])
-    lock.free(settings.run)         # a folder in use is refused here, before the ranks start
-    code = local.run(job, ["train", rest[1], *overrides, *options], settings.run)
-    if code == 1:
-        raise LaunchFailed(f"the ranks ended without a word; their logs are in {settings.run / 'logs'}. "
-                           "Run the same command again to resume, with --debug to see torchrun's own report")
-    return code
+    return jobs.run(jobs.parse(where, arguments), say, _would_train)
 
 
-class LaunchFailed(RuntimeError):
-    """Ranks that ended and left no reason."""
+def _would_train(settings: Any, world: int) -> None:
+    """Refuses a run that would fail at its first step, before it is queued."""
+    import dataclasses
 
-    exit_code = 1
+    from ssl_dist import config as configs
+    from ssl_dist import train as trainer
+
+    configs.method_config(settings)
+    trainer.rehearse(dataclasses.replace(settings, device="auto"), world)
+
+
+@app.command()
+@verb
+def resume(run: Annotated[Path, typer.Argument(help="A run or shard folder.")], debug: Debug = False) -> int:  # noqa: ARG001
+    """Launch once more what was launched for a folder, in the same words and from the same place."""
+    from ssl_dist import jobs
+
+    return jobs.run(jobs.again(run), say, _would_train)
+
+
+@app.command()
+@verb
+def cancel(run: Annotated[Path, typer.Argument(help="A run or shard folder.")], debug: Debug = False) -> None:  # noqa: ARG001
+    """Ask what was launched for a folder to end: its ranks save first, and it does not go on by itself."""
+    from ssl_dist import jobs
+
+    say(jobs.cancel(run))
+
+
+@app.command()
+@verb
+def logs(run: Annotated[Path, typer.Argument(help="A run folder.")],
+         rank: Annotated[int | None, typer.Option(min=0, help="This one's alone.", show_default="all")] = None,
+         debug: Debug = False) -> None:         # noqa: ARG001
+    """The logs of all ranks as one, in the order of time."""
+    from ssl_dist import jobs
+
+    say(*jobs.logs(run, rank))
 
 
 @app.command(name="eval")
@@ -601,6 +651,9 @@ def demo(folder: Annotated[Path, typer.Argument(help="Where everything goes.")] 
 
 def main() -> None:
     """The console script."""
+    from launch import rank
+
+    os.environ.update(rank.environment(os.environ))     # before anybody asks which rank this is
     for stream in (sys.stdout, sys.stderr):     # µ must not end a command where the locale is older than UTF-8
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")

@@ -3,7 +3,11 @@
 N all samples of a step   B one rank's   D width
 """
 
+import contextlib
 import os
+import socket
+import threading
+import time
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
@@ -21,8 +25,16 @@ class NoDevice(RuntimeError):
     exit_code = 2
 
 
+class NoMeeting(RuntimeError):
+    """Ranks that did not find each other."""
+
+    exit_code = 7
+
+
 PATIENCE = timedelta(minutes=10)        # with a rank that does not answer
 _patience = PATIENCE
+TRIES = 16              # ports, where others may listen on some
+MEETING = "SSL_DIST_MEETING"        # the attempt whose ranks these are, where nobody else vouches for the port
 
 
 def start(device: torch.device, patience: timedelta = PATIENCE) -> None:
@@ -32,12 +44,51 @@ def start(device: torch.device, patience: timedelta = PATIENCE) -> None:
     backend = "nccl" if device.type == "cuda" else "gloo"
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    if "RANK" in os.environ and "MASTER_ADDR" in os.environ:
+    if MEETING in os.environ:
+        with contextlib.ExitStack() as stack:
+            store = _meet(os.environ[MEETING], stack)
+            c10d.init_process_group(backend, store=store, rank=int(os.environ["RANK"]),
+                                    world_size=int(os.environ["WORLD_SIZE"]), timeout=_patience)
+    elif "RANK" in os.environ and "MASTER_ADDR" in os.environ:
         c10d.init_process_group(backend, timeout=_patience)
     else:
         # DeepSpeed looks for these even in a group of one.
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
         c10d.init_process_group(backend, store=c10d.HashStore(), rank=0, world_size=1, timeout=_patience)
+
+
+def _meet(name: str, stack: contextlib.ExitStack) -> c10d.Store:
+    """The store of the ranks of one attempt. Rank 0 says where it is, on the first port of some that it gets; who asks
+    there and hears another name, or none, asks on. The store itself waits without end for strangers to answer."""
+    host, first = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    ports = [first + number if first + number < 65_536 else first - number for number in range(TRIES)]
+    if os.environ["RANK"] == "0":
+        store = c10d.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=_patience)
+        for port in ports:
+            with contextlib.suppress(OSError):
+                asked = stack.enter_context(socket.create_server(("", port), backlog=1024))
+                threading.Thread(target=_tell, args=(asked, f"{name} {store.port}\n".encode()), daemon=True).start()
+                return store
+        raise NoMeeting(f"ports {first} to {ports[-1]} of {host} are all taken; run the same command again")
+    until = time.monotonic() + _patience.total_seconds()
+    while time.monotonic() < until:
+        for port in ports:
+            with contextlib.suppress(OSError), socket.create_connection((host, port), timeout=3) as question:
+                said = question.makefile().readline(500).split()
+                if said[:1] == [name]:
+                    return c10d.TCPStore(host, int(said[1]), is_master=False, wait_for_workers=False, timeout=_patience)
+        time.sleep(0.1)
+    raise NoMeeting(f"rank {os.environ['RANK']} found rank 0 on none of the ports {first} to {ports[-1]} of {host} in "
+                    f"{_patience.total_seconds():.0f} s; is {host} the machine's name on the network of the others?")
+
+
+def _tell(asked: socket.socket, answer: bytes) -> None:
+    """Answers all who ask, until the socket is closed."""
+    with contextlib.suppress(OSError):
+        while True:
+            question, _ = asked.accept()
+            with contextlib.suppress(OSError), question:
+                question.sendall(answer)
 
 
 def new_group(ranks: list[int] | None = None) -> Any:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from shards import folder
-from ssl_dist import dist
+from ssl_dist import dist, watch
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +33,12 @@ LOST = ("connection closed", "connection reset", "connection refused", "broken p
 
 PACKAGES = ("ssl_dist", "torch", "torchvision", "timm", "deepspeed", "nvidia-dali-cuda130", "nvidia-dali-cuda120",
             "numpy", "opencv-python-headless", "openslide-bin", "pyarrow", "omegaconf", "safetensors")
+
+
+def age() -> float:
+    """Seconds since this process began, import of Python included."""
+    begun = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")
+    return round(time.clock_gettime(time.CLOCK_BOOTTIME) - begun, 2)
 
 
 class PeerDied(RuntimeError):
@@ -49,7 +55,7 @@ def now() -> str:
 class Run:
     """run.json of one attempt. Rank 0 writes; on other ranks nothing happens."""
 
-    def __init__(self, path: Path, steps: int, device: torch.device):
+    def __init__(self, path: Path, steps: int, device: torch.device, reached: dict[str, float]):
         self.path, self._beat, self._speaker = path / "run.json", 0.0, dist.rank() == 0
         before = _before(self.path)
         for attempt in before["attempts"]:
@@ -60,7 +66,8 @@ class Run:
             "heartbeat": now(), "attempts": before["attempts"] + [{
                 "started": now(), "ended": None, "host": socket.gethostname(), "pid": os.getpid(),
                 "world": dist.world(), "device": str(device.type), "from_step": 0, "to_step": 0, "outcome": None,
-                "launch": os.environ.get(LAUNCH)}]}
+                "launch": os.environ.get(LAUNCH), **_launches(), "job": os.environ.get("SLURM_JOB_ID"),
+                "machines": len(set(dist.gather(watch.host()))), "seconds_to": dict(reached)}]}
         self._write()
 
     def starts_at(self, step: int) -> None:
@@ -68,6 +75,11 @@ class Run:
         self.content["attempts"][-1] |= {"from_step": step, "to_step": step}
         self.content["step"] = step
         self._write()
+
+    def reaches(self, what: str) -> None:
+        """Says how long after the start of this process something was there, the first time that it was."""
+        if what not in (known := self.content["attempts"][-1]["seconds_to"]):
+            known[what] = age()
 
     def alive(self, step: int) -> None:
         """A sign of life after `step`."""
@@ -112,6 +124,12 @@ class Run:
         if self._speaker:
             self._beat = time.monotonic()
             folder.write_json(self.path, self.content | {"heartbeat": now()})
+
+
+def _launches() -> dict[str, list[str]]:
+    """The names of this attempt, where each machine's launcher has one of its own."""
+    names = sorted({name for name in dist.gather(os.environ.get(LAUNCH)) if name})
+    return {"launches": names} if len(names) > 1 else {}
 
 
 def _before(path: Path) -> dict[str, Any]:

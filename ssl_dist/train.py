@@ -84,7 +84,7 @@ def train(settings: Train, allowed: Sequence[str] = ()) -> int:
     """
     device = dist.device(settings.device)
     points.arm(settings.debug.faults)
-    path, run = Path(settings.run), None
+    path, run, reached = Path(settings.run), None, {"imports": runs.age()}
     with contextlib.ExitStack() as stack:
         # Before the ranks meet: whoever died of a signal then would keep the others waiting.
         asked = stack.enter_context(runs.asked_to_stop())
@@ -93,6 +93,7 @@ def train(settings: Train, allowed: Sequence[str] = ()) -> int:
         # The watch ends a hang; the group's own patience is for where it cannot.
         dist.start(device, timedelta(seconds=watch.FIRST * settings.hang + 60))
         stack.callback(dist.stop)
+        reached["ranks"] = runs.age()
         owner = dist.once(lambda: stack.enter_context(lock.hold(path)))
         runs.log_to(path)
         runs.end_with_launcher()
@@ -110,7 +111,7 @@ def train(settings: Train, allowed: Sequence[str] = ()) -> int:
                 return 0
             dist.once(lambda: runs.forget(path))
             dist.once(lambda: watch.forget(path))
-            run = runs.Run(path, settings.steps, device)
+            run = runs.Run(path, settings.steps, device, reached)
             watching = Watch(path, dist.rank(), dist.world(), hang=settings.hang, grace=settings.grace,
                              account=run.breaks_off)
             joining.over()
@@ -118,6 +119,7 @@ def train(settings: Train, allowed: Sequence[str] = ()) -> int:
             own = _built(settings, path, run, device, reader, identity, found, watching, asked, owner)
             stack.callback(own.log.close)
             stack.callback(own.loader.close)
+            run.reaches("network")
             return _train(own, checkpoint.load(found, own.engine) if found else 0)
         except BaseException as error:
             failure = runs.cause(error, path)
@@ -167,6 +169,8 @@ def _train(own: Parts, start: int) -> int:
             start = _rewound(own)
     if step < last:
         run.ends("preempted", PREEMPTED, step)
+        with contextlib.suppress(RuntimeError):     # whoever ends first may end the others
+            dist.barrier()
         _tell(f"{own.path} was asked to stop and is saved at step {step}; run the same command again to go on")
         return PREEMPTED
     if step == settings.steps and dist.rank() == 0:
@@ -188,6 +192,7 @@ def _loop(own: Parts, step: int, last: int) -> int:
         optim.set_rates(engine.optimizer, lr, weight_decay)
         torch.manual_seed(hash((settings.seed, step, dist.rank())))     # for dropout: no state to save
         own.statistics.keep()
+        own.run.reaches("tiles")
         scalars = {} if step in own.left_out else \
             _gradients(engine, batch.to(own.device).split(settings.accumulate), progress, step)
         stopping, due, writing, culprit = _agree(own, scalars.get("loss"), step)
@@ -202,6 +207,7 @@ def _loop(own: Parts, step: int, last: int) -> int:
                 method.after_step(progress)
                 if own.ledger:
                     own.ledger.write(step, batch)
+        own.run.reaches("step")
         step, own.watch.settled = step + 1, True
         own.log.advance(step)
         if step - 1 not in own.left_out and (step % settings.log.every == 0 or step == last):

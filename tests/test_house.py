@@ -27,6 +27,9 @@ MAY_IMPORT = {
     "ssl_dist.finite": ["ssl_dist.dist", "ssl_dist.data.batch", "shards.folder"],
     "ssl_dist.watch": ["ssl_dist.points", "shards.folder"],
     "ssl_dist.status": [],
+    "ssl_dist.jobs": ["launch", "ssl_dist.config", "ssl_dist.schema", "ssl_dist.lock", "shards.folder",
+                      "shards.catalogue", "shards.settings"],
+    "ssl_dist.scaling": ["shards.folder"],
     "ssl_dist.lock": ["ssl_dist.watch", "shards.folder"],
     "ssl_dist.schedule": [],
     "ssl_dist.data": ["ssl_dist.data", "ssl_dist.dist", "shards.index", "shards.jpeg"],
@@ -37,7 +40,7 @@ MAY_IMPORT = {
     "ssl_dist.engine": ["ssl_dist.config", "ssl_dist.dist", "ssl_dist.data.batch"],
     "ssl_dist.log": ["ssl_dist.config", "ssl_dist.dist", "ssl_dist.data.batch", "ssl_dist.data.reader",
                      "shards.folder"],
-    "ssl_dist.run": ["ssl_dist.dist", "shards.folder"],
+    "ssl_dist.run": ["ssl_dist.dist", "ssl_dist.watch", "shards.folder"],
     "ssl_dist.checkpoint": ["ssl_dist.config", "ssl_dist.dist", "ssl_dist.engine", "ssl_dist.finite", "ssl_dist.points",
                             "shards.folder"],
     "ssl_dist.export": ["ssl_dist.config", "ssl_dist.data.reader", "ssl_dist.models", "shards.folder", "ssl_dist"],
@@ -179,7 +182,7 @@ def test_every_file_of_the_tree_says_what_it_is() -> None:
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda path: path.stem)
 def test_every_recipe_parses_and_begins_with_what_it_is(path: Path, tmp_path: Path) -> None:
-    from launch.job import Job
+    from launch.job import Cluster
     from shards import catalogue, write
     from ssl_dist import config, schema
 
@@ -190,10 +193,10 @@ def test_every_recipe_parses_and_begins_with_what_it_is(path: Path, tmp_path: Pa
     if catalogue.holds(path) == "many":
         assert schema.load(catalogue.Many, path, [f"root={tmp_path}"])
         return
-    kind = {"shards": write.Settings, "eval": config.Eval, "launch": Job}.get(path.parent.name, config.Train)
+    kind = {"shards": write.Settings, "eval": config.Eval, "launch": Cluster}.get(path.parent.name, config.Train)
     # Paths of somebody's machine cannot exist here; everything else must hold.
     where = {write.Settings: ["source={}"], config.Eval: ["encoder={}", "data.shards=[{}]"],
-             config.Train: ["data.shards=[{}]"], Job: []}[kind]
+             config.Train: ["data.shards=[{}]"], Cluster: []}[kind]
     loaded = schema.load(kind, path, [word.format(tmp_path) for word in where])
     if kind is config.Train:
         config.method_config(loaded)

@@ -1,0 +1,393 @@
+"""Launches: what is asked of which machine, refused before anything is booked, written down, and found again.
+
+    RUN/launch/launch.json      what was asked for, and where
+    RUN/launch/jobs             numbers of SLURM's jobs, a line each
+    RUN/launch/123_0_log.out    what rank 0 of job 123 printed; 123_submission.sh: its script
+
+Of a shard folder, which holds nothing but shards, it is OUT.launch.
+"""
+
+import itertools
+import json
+import os
+import re
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from launch import account, local, slurm
+from launch.job import Cluster, Local
+from shards import folder
+from ssl_dist import config, lock, schema
+from ssl_dist.config import ConfigError
+
+VERBS = ("train", "shard", "eval", "bench")
+EXAMPLE = "ssl-dist launch local ranks=2 -- train CONFIG key=value …"
+SWITCHES = ("print", "unchecked")
+
+Say = Callable[[str], None]
+Check = Callable[[config.Train, int], None]     # refuses what would fail at the first step
+
+
+@dataclass
+class Asked:
+    """A launch, in the words of whoever typed it."""
+
+    where: str                      # local or slurm
+    job: Any                        # Local or Cluster
+    recipe: str                     # of the cluster
+    verb: str
+    words: list[str]                # of the verb: a recipe, key=value, options
+    switches: list[str]
+    sizes: list[int]                # numbers of nodes, of a benchmark of scaling
+
+    @property
+    def overrides(self) -> list[str]:
+        """key=value words of the verb."""
+        return [word for word in self.words[1:] if not word.startswith("-")]
+
+
+def parse(where: str, arguments: list[str]) -> Asked:
+    """The launch that was typed."""
+    if where not in ("local", "slurm"):
+        raise ConfigError([f"launch {where!r} is not one of 'local', 'slurm'"])
+    before, verb, words = _parted(arguments)
+    if verb not in VERBS or not words:
+        raise ConfigError([f"launch runs the verbs {', '.join(VERBS)}, not {verb or 'nothing'!r}; write: {EXAMPLE}"])
+    typed, switches, recipe, sizes = [], [], "", []
+    for word in before:
+        if word in SWITCHES:
+            switches.append(word)
+        elif where == "slurm" and "=" not in word and not recipe:
+            recipe = word
+        elif word.startswith("nodes=") and verb == "bench" and "," in word:
+            sizes = _numbers(word)
+        else:
+            typed.append(word)
+    if where == "slurm":
+        job = config.load(Cluster, recipe or "launch/cluster", typed)
+    else:
+        job = schema.load(Local, None, typed)
+    if "--allow-change" in words:       # its word is no key=value of the recipe
+        place = words.index("--allow-change")
+        words[place:place + 2] = ["=".join(words[place:place + 2])]
+    return Asked(where, job, recipe, verb, words, switches, sizes or [job.nodes] if where == "slurm" else [])
+
+
+def _parted(arguments: list[str]) -> tuple[list[str], str, list[str]]:
+    """What is said of the machine, the verb, and what is said of it; --nodes 2 and --nodes=2 are nodes=2."""
+    before: list[str] = []
+    rest = list(arguments)
+    while rest:
+        word = rest.pop(0)
+        if word == "--":
+            continue
+        name = word.removeprefix("--")
+        if word in VERBS:
+            return before, word, rest
+        if word.startswith("--") and name not in SWITCHES and "=" not in word and rest:
+            name += f"={rest.pop(0)}"
+        before.append(name)
+    return before, "", []
+
+
+def _numbers(word: str) -> list[int]:
+    values = word.partition("=")[2].split(",")
+    if not all(value.isdigit() and int(value) for value in values):
+        raise ConfigError([f"{word} is not a list of numbers of machines, such as nodes=1,2,4"])
+    return sorted({int(value) for value in values})
+
+
+def run(asked: Asked, say: Say, check: Check) -> int:
+    """Launches; returns the exit code, of what ran here or of what was submitted."""
+    if asked.where == "slurm":
+        return _submit(asked, say, check)
+    runs = _swept(asked) if asked.verb == "train" else [asked.words]
+    codes = [_here(replace(asked, words=words), say) for words in runs]
+    return next((code for code in codes if code), 0)
+
+
+def _here(asked: Asked, say: Say) -> int:
+    """On this machine."""
+    job: Local = asked.job
+    if asked.verb != "train":
+        words = [sys.executable, "-m", "ssl_dist", asked.verb, *asked.words]
+        if "print" in asked.switches:
+            say(shlex.join(words))
+            return 0
+        return subprocess.run(words, check=False).returncode
+    settings = config.load(config.Train, asked.words[0], asked.overrides)
+    least, most = job.least_most
+    for nodes in range(least, most + 1):
+        config.rank_batch(settings, nodes * local.ranks(job))
+    if settings.device == "cuda" and not local.gpus():
+        raise ConfigError(["device='cuda', but this machine shows no GPU; `ssl-dist doctor` says more, device=auto "
+                           "takes the CPU"])
+    words = [asked.verb, *asked.words]
+    if "print" in asked.switches:
+        say(shlex.join(local.command(job, words)))
+        return 0
+    if most == 1:
+        lock.free(settings.run)         # a folder in use is refused here, before the ranks start
+    _note(asked, settings.run / "launch", asked.words)
+    code = local.run(job, words, settings.run)
+    if code == 1:
+        raise LaunchFailed(f"the ranks ended without a word; their logs are in {settings.run / 'logs'}. "
+                           "Run the same command again to resume, with --debug to see torchrun's own report")
+    return code
+
+
+class LaunchFailed(RuntimeError):
+    """Ranks that ended and left no reason."""
+
+    exit_code = 1
+
+
+def _submit(asked: Asked, say: Say, check: Check) -> int:
+    """On a cluster."""
+    works = {"train": _trains, "shard": _shards, "eval": _evals, "bench": _scales}[asked.verb](asked, check)
+    if broken := list(dict.fromkeys(words for work in works for words in slurm.refused(asked.job, work))):
+        raise ConfigError(broken)
+    if "print" in asked.switches:
+        for work in works:
+            say(slurm.script(asked.job, work).rstrip())
+        return 0
+    for home in {work.folder for work in works}:
+        if active := [state for state in slurm.states(slurm.jobs(home)) if not state.over]:
+            raise folder.FolderInUse(f"{home.parent}: {active[0]} works there already; `ssl-dist cancel` ends it")
+    done: list[str] = []
+    for work in works:
+        if not work.well or work.after:
+            work.after = list(done)
+        (work.folder.parent / account.STOP).unlink(missing_ok=True)
+        done.append(slurm.submit(asked.job, work))
+        say(f"job {done[-1]}: {work.name}" + (f", {len(work.commands)} tasks" if len(work.commands) > 1 else "")
+            + (f", after {', '.join(work.after)}" if work.after else "")
+            + f"; `ssl-dist status {_subject(work)}` says how it goes")
+    for home in {work.folder for work in works}:
+        _note(asked, home, asked.words)
+    for work in works:          # of a sweep, each run knows its task
+        for number, path in enumerate(work.runs if len(work.runs) > 1 else []):
+            home = folder.make(path / "launch")
+            with (home / slurm.JOBS).open("a") as file:
+                file.write(f"{done[-1]}_{number}\n")
+            _note(asked, home, work.commands[number][1:])
+    return 0
+
+
+def _subject(work: slurm.Work) -> Path:
+    return work.folder.with_suffix("") if work.folder.suffix == ".launch" else work.folder.parent
+
+
+def _trains(asked: Asked, check: Check) -> list[slurm.Work]:
+    job: Cluster = asked.job
+    commands, runs, settings = [], [], None
+    for words in _swept(asked):
+        words = _told(job, words)
+        settings = config.load(config.Train, words[0], [word for word in words[1:] if not word.startswith("-")])
+        config.rank_batch(settings, job.nodes * job.tasks)
+        if "unchecked" not in asked.switches:
+            check(settings, job.nodes * job.tasks)
+        commands.append(["train", *words])
+        runs.append(settings.run)
+    assert settings
+    home = runs[0] if len(runs) == 1 else runs[0].parent
+    return [slurm.Work(home.name, home / "launch", commands, runs, job.nodes, job.tasks, job.gpus)]
+
+
+def _told(job: Cluster, words: list[str]) -> list[str]:
+    """The words of a run, with what the cluster adds to them where nobody typed it."""
+    adds = {"grace": str(job.grace - 5), "data.stage": job.stage, "device": "cuda" if job.gpus else ""}
+    typed = {word.partition("=")[0] for word in words}
+    return [*words, *(f"{name}={value}" for name, value in adds.items() if value and name not in typed)]
+
+
+def _shards(asked: Asked, _: Check) -> list[slurm.Work]:
+    from shards import catalogue
+    from shards.settings import Settings
+
+    job: Cluster = asked.job
+    path = config.recipe(asked.words[0])
+    if (kind := catalogue.holds(path)) == "many":
+        raise ConfigError([f"{asked.words[0]} is a job over many datasets; launch one for each: `ssl-dist datasets` "
+                           "lists them"])
+    if kind == "record":
+        given = next((word.partition("=")[2] for word in asked.overrides if word.startswith("source=")), None)
+        values = catalogue.job(catalogue.read(path), Path(given).expanduser() if given else None)
+        out = Path(next((word.partition("=")[2] for word in asked.overrides if word.startswith("out=")),
+                        values.get("out", "")))
+    else:
+        out = schema.load(Settings, path, asked.overrides).out
+    home = out.parent / f"{out.name}.launch"
+    command = ["shard", *asked.words]
+    parts = [[*command, f"part={number + 1}/{job.parts}"] for number in range(job.parts)]
+    cut = slurm.Work(out.name, home, parts if job.parts > 1 else [command])
+    return [cut] if job.parts == 1 else [cut, slurm.Work(f"{out.name}-publish", home, [command], after=["cut"])]
+
+
+def _evals(asked: Asked, _: Check) -> list[slurm.Work]:
+    settings = config.load(config.Eval, asked.words[0], asked.overrides)
+    out = settings.out or settings.encoder.parent / "eval"
+    name = f"{settings.encoder.absolute().parent.name}-{settings.protocol}"
+    return [slurm.Work(name, out / "launch", [["eval", *asked.words]], gpus=min(1, asked.job.gpus))]
+
+
+def _scales(asked: Asked, check: Check) -> list[slurm.Work]:
+    """A run for each number of nodes, each node with as many tiles a step, and the table of them."""
+    job: Cluster = asked.job
+    if (Path(asked.words[0]) / "index.json").exists():        # the data path of one rank
+        home = Path(f"{Path(asked.words[0])}.launch")
+        return [slurm.Work(f"{Path(asked.words[0]).name}-bench", home, [["bench", *asked.words]],
+                           gpus=min(1, job.gpus))]
+    base = config.load(config.Train, asked.words[0], asked.overrides)
+    works, typed = [], [word for word in _told(job, asked.words) if not word.startswith(("run=", "data.batch="))]
+    for nodes in asked.sizes:
+        words = [*typed, f"run={base.run / f'nodes-{nodes}'}", f"data.batch={base.data.batch * nodes}"]
+        settings = config.load(config.Train, words[0], words[1:])
+        config.rank_batch(settings, nodes * job.tasks)
+        if "unchecked" not in asked.switches:
+            check(settings, nodes * job.tasks)
+        works.append(slurm.Work(f"{base.run.name}-{nodes}", base.run / "launch", [["bench", *words]], [], nodes,
+                                job.tasks, job.gpus))
+    return [*works, slurm.Work(f"{base.run.name}-table", base.run / "launch", [["bench", str(base.run)]], well=False)]
+
+
+def _swept(asked: Asked) -> list[list[str]]:
+    """The words of each run: key=a,b is two runs, each in a folder of its own."""
+    lists = {place: values for place, word in enumerate(asked.words)
+             if place and not word.startswith("-") and len(values := _values(word)) > 1}
+    if not lists:
+        return [asked.words]
+    base = config.load(config.Train, asked.words[0], [
+        lists[place][0] if place in lists else word for place, word in enumerate(asked.words)
+        if place and not word.startswith("-")]).run
+    runs = []
+    for chosen in itertools.product(*lists.values()):
+        name = ",".join(re.sub(r"[^\w.=+-]+", "-", word.partition("=")[0].rpartition(".")[2] + "="
+                               + word.partition("=")[2]) for word in chosen)
+        words = [dict(zip(lists, chosen, strict=True)).get(place, word) for place, word in enumerate(asked.words)
+                 if not word.startswith("run=")]
+        runs.append([*words, f"run={base / name}"])
+    if len({words[-1] for words in runs}) < len(runs):
+        raise ConfigError(["two runs of the sweep would have the same folder; the last parts of keys must differ"])
+    return runs
+
+
+def _values(word: str) -> list[str]:
+    """key=a,b as key=a and key=b; what stands in brackets or quotes is one value."""
+    name, _, text = word.partition("=")
+    if name == "run" or not re.fullmatch(r"[\w.]+", name):
+        return [word]
+    parts = re.findall(r"(?:[^,\[\](){}'\"]|\[[^\]]*\]|\{[^}]*\}|\([^)]*\)|'[^']*'|\"[^\"]*\")+", text)
+    return [f"{name}={part}" for part in parts] if len(parts) > 1 and ",".join(parts) == text else [word]
+
+
+def _note(asked: Asked, home: Path, words: list[str]) -> None:
+    folder.write_json(folder.make(home) / "launch.json", {
+        "where": asked.where, "recipe": asked.recipe, "job": schema.plain(asked.job), "verb": asked.verb,
+        "words": words, "sizes": asked.sizes, "folder": str(Path.cwd()), "host": socket.gethostname(),
+        "pid": os.getpid(), "begun": datetime.now(UTC).isoformat(timespec="seconds")})
+
+
+@dataclass
+class Noted:
+    """A launch that was written down."""
+
+    home: Path
+    told: dict[str, Any]
+
+    def states(self) -> list[slurm.State]:
+        """What SLURM says of its jobs."""
+        return slurm.states(slurm.jobs(self.home)) if self.told["where"] == "slurm" else []
+
+
+class NoLaunch(ValueError):
+    """A folder that nothing was launched for."""
+
+    exit_code = 2
+
+
+def of(path: Path) -> Noted:
+    """The launch of a run folder, a shard folder, or a folder of results."""
+    for home in (path / "launch", path.parent / f"{path.name}.launch"):
+        try:
+            told = json.loads((home / "launch.json").read_text())
+            if {"where", "job", "verb", "words", "folder", "host", "pid"} <= told.keys():
+                return Noted(home, told)
+        except (OSError, ValueError, AttributeError):
+            continue
+    raise NoLaunch(f"{path}: nothing was launched there with `ssl-dist launch`, or its notes in launch/ are lost")
+
+
+def states(path: Path) -> list[slurm.State]:
+    """What SLURM says of the jobs of a folder, if any were launched for it."""
+    try:
+        return of(path).states()
+    except NoLaunch:
+        return []
+
+
+def cancel(path: Path) -> str:
+    """Asks a launch to end: its ranks save first. It does not go on by itself."""
+    noted = of(path)
+    if noted.home.name == "launch":
+        folder.write(path / account.STOP, "cancelled\n")
+    if noted.told["where"] == "slurm":
+        active = [state.job for state in noted.states() if not state.over]
+        if not active:
+            return f"{path}: none of its jobs waits or runs"
+        slurm.cancel(active)
+        return f"{path}: job {', '.join(active)} is asked to end"
+    if noted.told["host"] != socket.gethostname():
+        raise NoLaunch(f"{path} was launched on {noted.told['host']}; cancel it there")
+    if not _launcher(noted.told["pid"]):
+        return f"{path}: its launcher has ended"
+    os.kill(noted.told["pid"], signal.SIGTERM)
+    return f"{path}: process {noted.told['pid']} is asked to end"
+
+
+def _launcher(process: int) -> bool:
+    """Whether a process is still one that launches."""
+    try:
+        words = Path(f"/proc/{process}/cmdline").read_bytes().decode(errors="replace").split("\0")
+    except OSError:
+        return False
+    return "launch" in words and "local" in words
+
+
+def again(path: Path) -> Asked:
+    """The launch of a folder, to be done once more."""
+    noted = of(path)
+    told = noted.told
+    if not Path(told["folder"]).is_dir():
+        raise NoLaunch(f"{path} was launched in {told['folder']}, which is no more")
+    os.chdir(told["folder"])
+    job = schema.build(Cluster if told["where"] == "slurm" else Local, told["job"], where=f"{noted.home}/launch.json")
+    return Asked(told["where"], job, told["recipe"], told["verb"], told["words"], [], told["sizes"])
+
+
+def logs(path: Path, rank: int | None = None) -> list[str]:
+    """The lines of all ranks' logs in the order of time, each with its rank; lines that go on stay together."""
+    files = sorted((path / "logs").glob("rank-*.log"))
+    if rank is not None:
+        files = [file for file in files if file.name == f"rank-{rank:05d}.log"]
+    if not files:
+        raise NoLaunch(f"{path / 'logs'} holds no log" + (f" of rank {rank}" if rank is not None else "")
+                       + (f"; what SLURM's jobs printed is in {path / 'launch'}" if (path / "launch").is_dir() else ""))
+    found: list[tuple[str, int, int, str]] = []
+    for file in files:
+        number, stamp = int(file.stem.removeprefix("rank-")), ""
+        for place, line in enumerate(file.read_text(errors="replace").splitlines()):
+            if begins := re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3}", line):
+                stamp = begins.group()
+            found.append((stamp, number, place, line))
+    width = len(str(max(number for _, number, _, _ in found))) if found else 1
+    return [f"{number:{width}} {line}" for _, number, _, line in sorted(found)]
+

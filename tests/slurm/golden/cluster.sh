@@ -1,0 +1,33 @@
+#!/bin/bash
+
+# Parameters
+#SBATCH --cpus-per-task=8
+#SBATCH --error=HERE/runs/first/launch/%j_0_log.err
+#SBATCH --gpus-per-node=4
+#SBATCH --job-name=first
+#SBATCH --mem=131072M
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=4
+#SBATCH --open-mode=append
+#SBATCH --output=HERE/runs/first/launch/%j_0_log.out
+#SBATCH --requeue
+#SBATCH --signal=USR2@120
+#SBATCH --time=1440
+
+# setup
+cd HERE
+export SSL_DIST_LAUNCH="$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}"
+export HF_HUB_OFFLINE=1
+run=runs/first
+
+# command
+export SUBMITIT_EXECUTOR=slurm
+srun --unbuffered --output HERE/runs/first/launch/%j_%t_log.out --error HERE/runs/first/launch/%j_%t_log.err --kill-on-bad-exit=1 --cpus-per-task=8 PYTHON -u -m ssl_dist train pretrain/simclr run=runs/first 'data.shards=[data/mine]' grace=115 device=cuda
+
+
+# teardown
+code=$?
+if PYTHON -m launch.account "$run" --code "$code"; then
+  scontrol requeue "$SLURM_JOB_ID" && sleep 60
+fi
+exit "$code"
