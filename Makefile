@@ -4,8 +4,9 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/ready
+SLURM  ?= /tmp/ssl-dist-slurm
 
-.PHONY: demo test test-faults bench learn lint readme clean
+.PHONY: demo test test-faults bench learn lint readme slurm-up slurm-down clean
 
 demo: $(READY)
 	@$(BIN)/ssl-dist demo
@@ -35,6 +36,12 @@ learn: $(READY)
 
 readme: $(READY)
 	@$(BIN)/python benchmarks/readme.py
+
+slurm-up: $(READY)
+	@$(BIN)/python tests/slurm/cluster.py up $(SLURM)
+
+slurm-down:
+	@$(PYTHON) tests/slurm/cluster.py down $(SLURM)
 
 clean:
 	rm -rf demo dist build

@@ -18,6 +18,8 @@ class Local:
                                                          "goes on with those that are there"})
     rendezvous: str = field(default="", metadata={
         "pattern": r"([\w.\-]+|\[[\da-fA-F:]+\]):\d+|", "help": "HOST:PORT of one of the machines, the same on all"})
+    network: str = field(default="", metadata={"help": "the interface that ranks talk over, such as ib0; empty: the "
+                                               "one towards the rendezvous"})
     restarts: int = field(default=3, metadata={"range": (0, 1000), "help": "least:most machines: so often ranks that "
                                                "failed are started again"})
 

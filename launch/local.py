@@ -1,9 +1,12 @@
 """torchrun on this machine: one rank a GPU, or a few on the CPU; alone, or with other machines that do the same."""
 
+import contextlib
+import fcntl
 import os
 import re
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import time
@@ -14,6 +17,7 @@ from launch import account
 from launch.job import Local
 from launch.rank import LAUNCH, MEETING
 
+SIOCGIFADDR = 0x8915        # asks Linux for an interface's address
 CPU_RANKS = 2       # enough to be distributed, few enough for a laptop
 
 # torchrun answers every failed rank with a page of its own traceback, below which the rank's one line is lost.
@@ -29,6 +33,12 @@ try:
 except (ChildFailedError, SignalException):
     sys.exit(1)
 """
+
+
+class Unreachable(RuntimeError):
+    """A rendezvous that this machine cannot reach."""
+
+    exit_code = 2
 
 
 class PortInUse(RuntimeError):
@@ -55,12 +65,37 @@ def command(job: Local, arguments: list[str], debug: bool = False) -> list[str]:
     least, most = job.least_most
     if job.rendezvous:
         meet = ["--nnodes", job.nodes, "--rdzv-backend", "c10d", "--rdzv-endpoint", job.rendezvous, "--rdzv-id",
-                "ssl-dist"] + (["--max-restarts", str(job.restarts)] if least < most else [])
+                "ssl-dist", "--local-addr", address(job)]
+        meet += ["--max-restarts", str(job.restarts)] if least < most else []
     elif job.port:
         meet = ["--master-port", str(job.port)]
     else:       # a port of 0 would be free when looked up and perhaps not when used; torchrun itself finds one
         meet = ["--standalone"]
     return [sys.executable, *torchrun, "--nproc-per-node", str(ranks(job)), *meet, "-m", "ssl_dist", *arguments]
+
+
+def address(job: Local) -> str:
+    """This machine's address on the way to the rendezvous: its name need not be known to the others."""
+    host, _, port = job.rendezvous.rpartition(":")
+    try:
+        family, kind, protocol, _, there = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.connect(there)        # nothing is sent
+            return str(probe.getsockname()[0])
+    except OSError as error:
+        raise Unreachable(f"rendezvous={job.rendezvous}: {error.strerror}; name a machine that this one "
+                          "reaches") from None
+
+
+def interface(own: str) -> str:
+    """The interface that has an address."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        for _, name in socket.if_nameindex():
+            with contextlib.suppress(OSError):
+                answer = fcntl.ioctl(probe, SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))
+                if socket.inet_ntoa(answer[20:24]) == own:
+                    return name
+    return ""
 
 
 def run(job: Local, arguments: list[str], run_folder: Path) -> int:
@@ -73,6 +108,9 @@ def run(job: Local, arguments: list[str], run_folder: Path) -> int:
         environment.pop(name, None)
     cores = len(os.sched_getaffinity(0))
     environment.setdefault("OMP_NUM_THREADS", str(max(1, cores // ranks(job))))
+    if name := job.network or (interface(address(job)) if job.rendezvous else ""):
+        environment.setdefault("GLOO_SOCKET_IFNAME", name)
+        environment.setdefault("NCCL_SOCKET_IFNAME", name)
     launch = environment[LAUNCH] = uuid.uuid4().hex
     code = _wait(subprocess.Popen(command(job, arguments, debug="--debug" in arguments), env=environment))
     if code < 0:        # torchrun was killed; its ranks are asked to stop, and have half a minute as under it
