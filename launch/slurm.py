@@ -42,7 +42,7 @@ class Work:
     nodes: int = 1
     ranks: int = 1
     gpus: int = 0                   # of each node
-    after: list[str] = field(default_factory=list)      # jobs that must have ended before
+    after: list[str] = field(default_factory=list)      # jobs that must have ended before, by name or number
     well: bool = True               # and done well
 
 
@@ -243,14 +243,18 @@ def states(numbers: list[str]) -> list[State]:
     return [state for number in numbers for state in found.get(number, [State(number, "unknown")])]
 
 
-def cancel(numbers: list[str]) -> None:
-    """Asks SLURM to end jobs: their ranks are asked to stop, and save."""
+def cancel(found: list[State], *, saves: bool) -> None:
+    """Ends jobs. Where they can save, those that run are asked to, in their own time: SLURM would kill them soon."""
+    numbers = [state.job for state in found]
     if not shutil.which("scancel"):
         raise SlurmError(f"job {', '.join(numbers)} is SLURM's, and scancel is not on PATH here; go to a machine that "
                          "submits jobs")
-    done = subprocess.run(["scancel", *numbers], capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SlurmError(done.stderr.strip() or f"scancel {' '.join(numbers)} failed")
+    gently = [state.job for state in found if saves and state.state == "RUNNING"]
+    for words in (["--signal=USR2", *gently], [number for number in numbers if number not in gently]):
+        if any(not word.startswith("-") for word in words):
+            done = subprocess.run(["scancel", *words], capture_output=True, text=True, check=False)
+            if done.returncode:
+                raise SlurmError(done.stderr.strip() or f"scancel {' '.join(words)} failed")
 
 
 def _ask(*words: str) -> str | None:

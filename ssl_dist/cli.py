@@ -540,15 +540,12 @@ def launch(where: Annotated[str, typer.Argument(help="local: torchrun on this ma
     return jobs.run(jobs.parse(where, arguments), say, _would_train)
 
 
-def _would_train(settings: Any, world: int) -> None:
-    """Refuses a run that would fail at its first step, before it is queued."""
-    import dataclasses
-
+def _would_train(words: list[str], world: int) -> None:
+    """Refuses a run that would fail at its first step, before it is queued; the device is another machine's."""
     from ssl_dist import config as configs
     from ssl_dist import train as trainer
 
-    configs.method_config(settings)
-    trainer.rehearse(dataclasses.replace(settings, device="auto"), world)
+    trainer.rehearse(configs.load_train(words[0], [*words[1:], "device=auto"]), world)
 
 
 @app.command()

@@ -33,7 +33,7 @@ EXAMPLE = "ssl-dist launch local ranks=2 -- train CONFIG key=value …"
 SWITCHES = ("print", "unchecked")
 
 Say = Callable[[str], None]
-Check = Callable[[config.Train, int], None]     # refuses what would fail at the first step
+Check = Callable[[list[str], int], None]    # refuses a recipe and its words, on so many ranks, that would fail at once
 
 
 @dataclass
@@ -162,13 +162,12 @@ def _submit(asked: Asked, say: Say, check: Check) -> int:
     for home in {work.folder for work in works}:
         if active := [state for state in slurm.states(slurm.jobs(home)) if not state.over]:
             raise folder.FolderInUse(f"{home.parent}: {active[0]} works there already; `ssl-dist cancel` ends it")
-    done: list[str] = []
+    done: dict[str, str] = {}
     for work in works:
-        if not work.well or work.after:
-            work.after = list(done)
+        work.after = [done[name] for name in work.after]
         (work.folder.parent / account.STOP).unlink(missing_ok=True)
-        done.append(slurm.submit(asked.job, work))
-        say(f"job {done[-1]}: {work.name}" + (f", {len(work.commands)} tasks" if len(work.commands) > 1 else "")
+        done[work.name] = slurm.submit(asked.job, work)
+        say(f"job {done[work.name]}: {work.name}" + (f", {len(work.commands)} tasks" if len(work.commands) > 1 else "")
             + (f", after {', '.join(work.after)}" if work.after else "")
             + f"; `ssl-dist status {_subject(work)}` says how it goes")
     for home in {work.folder for work in works}:
@@ -177,7 +176,7 @@ def _submit(asked: Asked, say: Say, check: Check) -> int:
         for number, path in enumerate(work.runs if len(work.runs) > 1 else []):
             home = folder.make(path / "launch")
             with (home / slurm.JOBS).open("a") as file:
-                file.write(f"{done[-1]}_{number}\n")
+                file.write(f"{done[work.name]}_{number}\n")
             _note(asked, home, work.commands[number][1:])
     return 0
 
@@ -188,18 +187,22 @@ def _subject(work: slurm.Work) -> Path:
 
 def _trains(asked: Asked, check: Check) -> list[slurm.Work]:
     job: Cluster = asked.job
-    commands, runs, settings = [], [], None
+    commands, runs = [], []
     for words in _swept(asked):
-        words = _told(job, words)
-        settings = config.load(config.Train, words[0], [word for word in words[1:] if not word.startswith("-")])
-        config.rank_batch(settings, job.nodes * job.tasks)
-        if "unchecked" not in asked.switches:
-            check(settings, job.nodes * job.tasks)
-        commands.append(["train", *words])
-        runs.append(settings.run)
-    assert settings
+        runs.append(_checked(asked, words, job.nodes * job.tasks, check).run)
+        commands.append(["train", *_told(job, words)])
     home = runs[0] if len(runs) == 1 else runs[0].parent
     return [slurm.Work(home.name, home / "launch", commands, runs, job.nodes, job.tasks, job.gpus)]
+
+
+def _checked(asked: Asked, words: list[str], world: int, check: Check) -> config.Train:
+    """The settings of a run that so many ranks can do."""
+    plain = [word for word in words[1:] if not word.startswith("-")]
+    settings = config.load(config.Train, words[0], plain)
+    config.rank_batch(settings, world)
+    if "unchecked" not in asked.switches:
+        check([words[0], *plain], world)
+    return settings
 
 
 def _told(job: Cluster, words: list[str]) -> list[str]:
@@ -229,7 +232,7 @@ def _shards(asked: Asked, _: Check) -> list[slurm.Work]:
     command = ["shard", *asked.words]
     parts = [[*command, f"part={number + 1}/{job.parts}"] for number in range(job.parts)]
     cut = slurm.Work(out.name, home, parts if job.parts > 1 else [command])
-    return [cut] if job.parts == 1 else [cut, slurm.Work(f"{out.name}-publish", home, [command], after=["cut"])]
+    return [cut] if job.parts == 1 else [cut, slurm.Work(f"{out.name}-publish", home, [command], after=[out.name])]
 
 
 def _evals(asked: Asked, _: Check) -> list[slurm.Work]:
@@ -240,23 +243,23 @@ def _evals(asked: Asked, _: Check) -> list[slurm.Work]:
 
 
 def _scales(asked: Asked, check: Check) -> list[slurm.Work]:
-    """A run for each number of nodes, each node with as many tiles a step, and the table of them."""
+    """A run for each number of nodes, each node with as many tiles a step, one after the other as they would share a
+    disk; and the table of them."""
     job: Cluster = asked.job
     if (Path(asked.words[0]) / "index.json").exists():        # the data path of one rank
         home = Path(f"{Path(asked.words[0])}.launch")
         return [slurm.Work(f"{Path(asked.words[0]).name}-bench", home, [["bench", *asked.words]],
                            gpus=min(1, job.gpus))]
     base = config.load(config.Train, asked.words[0], asked.overrides)
-    works, typed = [], [word for word in _told(job, asked.words) if not word.startswith(("run=", "data.batch="))]
+    works: list[slurm.Work] = []
+    typed = [word for word in asked.words if not word.startswith(("run=", "data.batch="))]
     for nodes in asked.sizes:
         words = [*typed, f"run={base.run / f'nodes-{nodes}'}", f"data.batch={base.data.batch * nodes}"]
-        settings = config.load(config.Train, words[0], words[1:])
-        config.rank_batch(settings, nodes * job.tasks)
-        if "unchecked" not in asked.switches:
-            check(settings, nodes * job.tasks)
-        works.append(slurm.Work(f"{base.run.name}-{nodes}", base.run / "launch", [["bench", *words]], [], nodes,
-                                job.tasks, job.gpus))
-    return [*works, slurm.Work(f"{base.run.name}-table", base.run / "launch", [["bench", str(base.run)]], well=False)]
+        _checked(asked, words, nodes * job.tasks, check)
+        works.append(slurm.Work(f"{base.run.name}-{nodes}", base.run / "launch", [["bench", *_told(job, words)]], [],
+                                nodes, job.tasks, job.gpus, [each.name for each in works[-1:]], well=False))
+    return [*works, slurm.Work(f"{base.run.name}-table", base.run / "launch", [["bench", str(base.run)]],
+                               after=[works[-1].name], well=False)]
 
 
 def _swept(asked: Asked) -> list[list[str]]:
@@ -340,11 +343,13 @@ def cancel(path: Path) -> str:
     if noted.home.name == "launch":
         folder.write(path / account.STOP, "cancelled\n")
     if noted.told["where"] == "slurm":
-        active = [state.job for state in noted.states() if not state.over]
+        active = [state for state in noted.states() if not state.over]
         if not active:
             return f"{path}: none of its jobs waits or runs"
-        slurm.cancel(active)
-        return f"{path}: job {', '.join(active)} is asked to end"
+        saves = noted.told["verb"] == "train"
+        slurm.cancel(active, saves=saves)
+        return (f"{path}: job {', '.join(state.job for state in active)} is asked to " +
+                ("save and end; `scancel` ends it at once" if saves else "end"))
     if noted.told["host"] != socket.gethostname():
         raise NoLaunch(f"{path} was launched on {noted.told['host']}; cancel it there")
     if not _launcher(noted.told["pid"]):

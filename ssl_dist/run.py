@@ -66,8 +66,8 @@ class Run:
             "heartbeat": now(), "attempts": before["attempts"] + [{
                 "started": now(), "ended": None, "host": socket.gethostname(), "pid": os.getpid(),
                 "world": dist.world(), "device": str(device.type), "from_step": 0, "to_step": 0, "outcome": None,
-                "launch": os.environ.get(LAUNCH), **_launches(), "job": os.environ.get("SLURM_JOB_ID"),
-                "machines": len(set(dist.gather(watch.host()))), "seconds_to": dict(reached)}]}
+                "launch": os.environ.get(LAUNCH), "job": os.environ.get("SLURM_JOB_ID"), **_machines(),
+                "process": round(time.time() - age(), 2), "seconds_to": dict(reached)}]}
         self._write()
 
     def starts_at(self, step: int) -> None:
@@ -126,10 +126,11 @@ class Run:
             folder.write_json(self.path, self.content | {"heartbeat": now()})
 
 
-def _launches() -> dict[str, list[str]]:
-    """The names of this attempt, where each machine's launcher has one of its own."""
-    names = sorted({name for name in dist.gather(os.environ.get(LAUNCH)) if name})
-    return {"launches": names} if len(names) > 1 else {}
+def _machines() -> dict[str, Any]:
+    """On how many machines this attempt is, and its names, where each machine's launcher has one of its own."""
+    found = dist.gather((watch.host(), os.environ.get(LAUNCH)))
+    names = sorted({name for _, name in found if name})
+    return {"machines": len({host for host, _ in found}), **({"launches": names} if len(names) > 1 else {})}
 
 
 def _before(path: Path) -> dict[str, Any]:

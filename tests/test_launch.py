@@ -189,7 +189,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def launched(where: str, words: str) -> list[str]:
     """What `ssl-dist launch` says to these words."""
     said: list[str] = []
-    assert jobs.run(jobs.parse(where, shlex.split(words)), said.append, lambda settings, world: None) == 0
+    assert jobs.run(jobs.parse(where, shlex.split(words)), said.append, lambda words, world: None) == 0
     return said
 
 

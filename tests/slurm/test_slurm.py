@@ -191,12 +191,12 @@ def test_what_is_cancelled_is_saved_and_stays_away(lab: Lab, whole: Path) -> Non
     job = lab.launch("cancelled", *SLOW)
     lab.until_step("cancelled", 3)
     assert f"job {job}" in lab.call("cancel", "cancelled")
-    assert lab.until_over(job) == "CANCELLED"
-    lab.until_state("cancelled", "preempted")
+    assert lab.until_over(job) == "FAILED"
+    assert lab.cluster.ask("sacct", "-n", "-X", "-j", job, "-o", "ExitCode").strip() == "4:0", "saved, as its code says"
     time.sleep(3)
-    assert lab.until_over(job) == "CANCELLED", "it came back"
+    assert lab.until_over(job) == "FAILED", "it came back"
     status = lab.call("status", "cancelled")
-    assert "preempted" in status and f"job {job}: cancelled" in status
+    assert "cancelled: preempted" in status and f"job {job}: failed" in status
     assert "none of its jobs" in lab.call("cancel", "cancelled")
     (again,) = [word.rstrip(":") for word in lab.call("resume", "cancelled").split() if word.rstrip(":").isdigit()][:1]
     assert lab.until_over(again) == "COMPLETED"
@@ -299,8 +299,9 @@ def test_a_folder_whose_job_runs_is_not_launched_twice(lab: Lab) -> None:
     said = lab.call("launch", "slurm", "once.yaml", "--unchecked", "--", "train",
                     *drill["words"](Path("once"), lab.shard, *SLOW), code=10)
     assert f"job {job}" in said
-    lab.call("cancel", "once")
+    lab.cluster.ask("scancel", job)
     assert lab.until_over(job) == "CANCELLED"
+    lab.until_state("once", "preempted")        # SLURM's own end is heard as well
 
 
 def test_a_shell_of_salloc_is_no_rank_and_srun_in_it_is(lab: Lab) -> None:
