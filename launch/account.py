@@ -15,8 +15,12 @@ from typing import Any
 from launch.rank import LAUNCH
 
 STOP = "launch/stop"        # in the run folder: somebody does not want it to go on
-# Nothing that a second attempt would do better: mistakes, data, numbers, disk, a folder in use.
-FINAL = (0, 1, 2, 3, 8, 9, 10, 130)
+FRUITLESS = "launch/fruitless"      # attempts in a row that could not even begin, or save
+# Nothing that a second attempt would do better: mistakes, data, numbers, disk, somebody's Ctrl-C.
+FINAL = (0, 2, 3, 8, 9, 130)
+# Not the run's own doing: no time to save, a folder that its last writer still holds, SLURM's signals before anybody
+# heard them. These may happen so many times in a row.
+BAD_LUCK, TIMES = (5, 10, 128 + 12, 128 + 15), 3
 
 
 def code(run: Path, launch: str) -> int | None:
@@ -59,14 +63,26 @@ def goes_on(run: Path, launch: str, ended: int) -> tuple[bool, str]:
         return False, "it was cancelled and does not go on by itself"
     account = _read(run / "run.json")
     attempt = (account.get("attempts") or [{}])[-1]
-    if attempt.get("launch") != launch:
-        return False, "this attempt had not begun when it ended; it does not go on by itself"
-    saved = max((int(path.parent.name[5:]) for path in run.glob("checkpoints/step-*/MANIFEST.json")
-                 if path.parent.name[5:].isdigit()), default=0)
-    if saved <= attempt.get("from_step", 0):
-        return False, f"this attempt saved nothing beyond step {attempt.get('from_step', 0)}, and another would not " \
-                      "either; it does not go on by itself"
-    return True, f"it goes on from step {saved}"
+    begun = attempt.get("launch") == launch
+    if begun and attempt.get("saved", 0) > attempt.get("from_step", 0):
+        (run / FRUITLESS).unlink(missing_ok=True)
+        return True, f"it goes on from step {attempt['saved']}"
+    why = f"this attempt saved nothing beyond step {attempt.get('from_step', 0)}" if begun else \
+        "this attempt had not begun when it ended"
+    if ended in BAD_LUCK and (times := _count(run / FRUITLESS)) < TIMES:
+        return True, f"{why}, with exit code {ended}; it is tried again ({times} of {TIMES})"
+    return False, f"{why}, and another would not either; it does not go on by itself"
+
+
+def _count(path: Path) -> int:
+    """One more than the number in a file, kept there."""
+    try:
+        number = int(path.read_text()) + 1
+    except (OSError, ValueError):
+        number = 1
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"{number}\n")
+    return number
 
 
 def _read(path: Path) -> dict[str, Any]:

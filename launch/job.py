@@ -56,6 +56,7 @@ class Cluster:
     qos: str = field(default="", metadata={"help": "quality of service"})
     nodes: int = field(default=1, metadata={"range": (1, 100_000), "help": "machines"})
     gpus: int = field(default=0, metadata={"range": (0, 1000), "help": "of each machine, one a rank; 0: CPU alone"})
+    gpu_type: str = field(default="", metadata={"pattern": r"[\w.\-]*", "help": "where a site has several: a100"})
     ranks: int = field(default=0, metadata={"range": (0, 10_000), "help": "of each machine; 0: one a GPU, or one"})
     cpus: int = field(default=4, metadata={"range": (1, 10_000), "help": "of each rank"})
     memory: float = field(default=0.0, metadata={"range": (0, 1e6), "help": "GB a machine; 0: the site's default"})
@@ -102,11 +103,20 @@ class Cluster:
                 broken.append(f"options.{name} is no long option of sbatch, such as reservation or mail-type")
             elif name in OWN:
                 broken.append(f"options.{name} has a key of its own here: {OWN[name]}")
-        if re.search(r"[`\"\\\n]|\$\(", self.stage):
+        if not names_only(self.stage):
             broken.append(f"stage={self.stage!r}: only names such as $SLURM_JOB_ID are put in")
+        if "://" in self.container and self.offline:
+            broken.append(f"container={self.container} would be fetched by every machine of the job, which has no "
+                          f"internet (offline=true): fetch it now, apptainer pull image.sif {self.container}, and name "
+                          "image.sif")
         if self.container and "://" not in self.container and not Path(self.container).expanduser().exists():
             broken.append(f"container={self.container} does not exist (looked in {Path.cwd()})")
         return broken
+
+
+def names_only(path: str) -> bool:
+    """Whether a shell would put in names at most, in double quotes."""
+    return not re.search(r"[`\"\\\n]|\$[^\w{]|\$\{[^}]*\W[^}]*\}", path)
 
 
 # Options of sbatch that a job sets by itself.

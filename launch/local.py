@@ -11,12 +11,14 @@ import subprocess
 import sys
 import time
 import uuid
+import zlib
 from pathlib import Path
 
 from launch import account
 from launch.job import Local
 from launch.rank import LAUNCH, MEETING
 
+ELSEWHERE = "192.0.2.1", 9      # an address of nobody's, beyond every router
 SIOCGIFADDR = 0x8915        # asks Linux for an interface's address
 CPU_RANKS = 2       # enough to be distributed, few enough for a laptop
 
@@ -65,7 +67,7 @@ def command(job: Local, arguments: list[str], debug: bool = False) -> list[str]:
     least, most = job.least_most
     if job.rendezvous:
         meet = ["--nnodes", job.nodes, "--rdzv-backend", "c10d", "--rdzv-endpoint", job.rendezvous, "--rdzv-id",
-                "ssl-dist", "--local-addr", address(job)]
+                f"{zlib.crc32(' '.join(arguments).encode()):x}", "--local-addr", address(job)]
         meet += ["--max-restarts", str(job.restarts)] if least < most else []
     elif job.port:
         meet = ["--master-port", str(job.port)]
@@ -81,7 +83,12 @@ def address(job: Local) -> str:
         family, kind, protocol, _, there = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_DGRAM)[0]
         with socket.socket(family, kind, protocol) as probe:
             probe.connect(there)        # nothing is sent
-            return str(probe.getsockname()[0])
+            own = str(probe.getsockname()[0])
+        if own.startswith("127.") and host not in ("localhost", own):       # its own name, as Debian resolves it
+            with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+                probe.connect(ELSEWHERE)
+                own = str(probe.getsockname()[0])
+        return own
     except OSError as error:
         raise Unreachable(f"rendezvous={job.rendezvous}: {error.strerror}; name a machine that this one "
                           "reaches") from None

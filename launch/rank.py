@@ -18,11 +18,12 @@ FIRST_PORT, PORTS = 20_000, 40_000
 SPECIAL = 4_294_967_280             # steps from here on are SLURM's own: of a batch script, of an interactive shell
 
 
-def environment(given: Mapping[str, str]) -> dict[str, str]:
-    """What torch wants, of a task of srun; nothing of a process that is no such task."""
+def environment(given: Mapping[str, str], *, terminal: bool = False) -> dict[str, str]:
+    """What torch wants, of a task of srun; nothing of a process that is no such task. What is typed at a `terminal` is
+    in the shell of `srun --pty`, whose variables srun in it hands on."""
     step, tasks = given.get("SLURM_STEP_ID", ""), given.get("SLURM_STEP_NUM_TASKS", "1")
     alone = not step.isdigit() or int(step) >= SPECIAL or not tasks.isdigit() or int(tasks) < 2
-    if alone or "SLURM_PTY_PORT" in given or "TORCHELASTIC_RUN_ID" in given:
+    if alone or (terminal and "SLURM_PTY_PORT" in given) or "TORCHELASTIC_RUN_ID" in given:
         return {}
     job, again = given["SLURM_JOB_ID"], given.get("SLURM_RESTART_COUNT", "0")
     attempt = f"{job}.{step}.{again}"

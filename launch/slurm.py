@@ -4,23 +4,28 @@ What is submitted is a script that a person can read: the command, once for each
 that decides whether the run goes on by itself. Nothing is pickled; the run folder is all the state there is.
 """
 
+import contextlib
 import difflib
 import math
+import os
 import re
 import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from submitit.slurm.slurm import SlurmExecutor
 
-from launch.job import Cluster
+from launch import account
+from launch.job import Cluster, names_only
 from launch.rank import LAUNCH
 
 JOBS = "jobs"               # in the folder of a launch: the numbers of its jobs, a line each
+UNKNOWN, SILENT = "unknown", "unanswered"       # SLURM has forgotten a job; SLURM does not answer
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE",
          "PREEMPTED", "REVOKED")
 
@@ -49,9 +54,9 @@ class Work:
 class _Executor(SlurmExecutor):
     """submitit's knowledge of sbatch, with a command in place of a pickle."""
 
-    def __init__(self, folder: Path, command: str, parameters: dict[str, Any]):
+    def __init__(self, folder: Path, command: str, parameters: dict[str, Any], *, saves: bool):
         super().__init__(folder)
-        self._command = command
+        self._command, self._saves = command, saves
         self.update_parameters(**{name: value for name, value in parameters.items() if name != "map_count"})
         self.parameters |= {name: value for name, value in parameters.items() if name == "map_count"}
 
@@ -74,9 +79,11 @@ class _Executor(SlurmExecutor):
     def _make_submission_file_text(self, command: str, uid: str) -> str:
         folder, self.folder = self.folder, Path(str(self.folder).replace("%", "%%"))     # sbatch would put in a number
         try:
-            return super()._make_submission_file_text(command, uid).rstrip("\n") + "\n"
+            lines = super()._make_submission_file_text(command, uid).splitlines()
         finally:
             self.folder = folder
+        # submitit asks for a signal always; what cannot save would only end early by it.
+        return "\n".join(line for line in lines if self._saves or not line.startswith("#SBATCH --signal=")) + "\n"
 
 
 def script(job: Cluster, work: Work) -> str:
@@ -87,10 +94,22 @@ def script(job: Cluster, work: Work) -> str:
 def submit(job: Cluster, work: Work) -> str:
     """Submits, and writes the job's number down; returns it."""
     work.folder.mkdir(parents=True, exist_ok=True)
-    number = _executor(job, work).submit_it()
+    with _outside():
+        number = _executor(job, work).submit_it()
     with (work.folder / JOBS).open("a") as jobs:
         jobs.write(f"{number}\n")
     return number
+
+
+@contextlib.contextmanager
+def _outside() -> Iterator[None]:
+    """Without the variables of a job that this may be in: sbatch would hand them on to the next one."""
+    left = {name: os.environ.pop(name) for name in list(os.environ)
+            if name.startswith("SLURM_") and name != "SLURM_CONF"}
+    try:
+        yield
+    finally:
+        os.environ.update(left)
 
 
 def _executor(job: Cluster, work: Work) -> _Executor:
@@ -103,18 +122,19 @@ def _executor(job: Cluster, work: Work) -> _Executor:
         "srun_args": ["--kill-on-bad-exit=1", f"--cpus-per-task={job.cpus}"],
         "setup": _setup(job, work), "teardown": _teardown(job, work),
         "additional_parameters": {"requeue" if job.again == "requeue" else "no-requeue": True, **job.options}}
-    for name, value in (("partition", job.partition), ("account", job.account), ("qos", job.qos),
-                        ("constraint", job.constraint), ("gpus_per_node", work.gpus), ("mem", _memory(job.memory)),
-                        ("dependency", work.after and ":".join(["afterok" if work.well else "afterany", *work.after]))):
+    gpus = f"{job.gpu_type}:{work.gpus}" if work.gpus and job.gpu_type else work.gpus
+    after = work.after and ":".join(["afterok" if work.well else "afterany", *work.after])
+    for name, value in (("partition", job.partition), ("account", job.account), ("qos", job.qos), ("dependency", after),
+                        ("constraint", job.constraint), ("gpus_per_node", gpus), ("mem", _memory(job.memory))):
         if value:
             parameters[name] = value
     if work.after:
         parameters["additional_parameters"]["kill-on-invalid-dep"] = "yes"
     if len(work.commands) > 1:
         parameters |= {"map_count": len(work.commands), "array_parallelism": job.parallel}
-    command = f"{python(job)} -u -m ssl_dist " + (_line(work.commands[0]) if len(work.commands) == 1 else
+    command = f"{python(job)} -P -u -m ssl_dist " + (_line(work.commands[0]) if len(work.commands) == 1 else
                                                   '"${words[@]}"')
-    return _Executor(work.folder.absolute(), command, parameters)
+    return _Executor(work.folder.absolute(), command, parameters, saves=bool(work.runs))
 
 
 def python(job: Cluster) -> str:
@@ -127,7 +147,7 @@ def python(job: Cluster) -> str:
 
 
 def _setup(job: Cluster, work: Work) -> list[str]:
-    lines = [f"cd {shlex.quote(str(Path.cwd()))}"]
+    lines = [f"cd {shlex.quote(str(Path.cwd()))} || exit 2"]
     if job.umask:
         lines.append(f"umask {job.umask}")
     lines += job.setup
@@ -145,25 +165,35 @@ def _setup(job: Cluster, work: Work) -> list[str]:
         lines.append("esac")
     elif work.runs:
         lines.append(f"run={shlex.quote(str(work.runs[0]))}")
+    if work.runs:
+        lines.append(f'[ ! -e "$run/{account.STOP}" ] || {{ echo "$run was cancelled" >&2; exit 0; }}')
     return lines
 
 
 def _teardown(job: Cluster, work: Work) -> list[str]:
-    lines = ["code=$?"]
+    lines, many = ["code=$?"], len(work.commands) > 1
+    if work.runs and "SLURM_JOB_ID" in job.stage:       # a folder of this job's, on every machine's own disk
+        stage = re.sub(r"\$(SLURM_JOB_ID\b|\{SLURM_JOB_ID\})", "${SLURM_JOB_ID:?}", job.stage)
+        lines.append(f'srun --ntasks={work.nodes} --ntasks-per-node=1 rm -rf -- "{stage}"')
     if work.runs:
-        decide = f'{python(job)} -m launch.account "$run" --code "$code"'
-        jobs = shlex.quote(str(work.folder.absolute() / JOBS))
-        lines += {"requeue": [f"if {decide}; then", '  scontrol requeue "$SLURM_JOB_ID" && sleep 60', "fi"],
+        decide = f'{python(job)} -P -m launch.account "$run" --code "$code"'
+        task = "${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID" if many else "$SLURM_JOB_ID"
+        array, number = ('--array="$SLURM_ARRAY_TASK_ID" ', "_$SLURM_ARRAY_TASK_ID") if many else ("", "")
+        lines += {"requeue": [f"if {decide}; then", f'  scontrol requeue "{task}" && sleep 60', "fi"],
                   "submit": [f"if {decide}; then",
-                             '  next=$(sbatch --parsable "$0") && echo "$next" >> ' + jobs + " ||",
-                             f'    echo "the next job could not be submitted; do it yourself: sbatch {work.folder}/'
-                             '${SLURM_JOB_ID}_submission.sh" >&2', "fi"],
+                             f'  cp "$0" "$run/launch/next.sh"; words=(--parsable {array}"$run/launch/next.sh")',
+                             "  next=$(unset $(compgen -v SLURM_ | grep -vx SLURM_CONF); sbatch \"${words[@]}\") &&",
+                             f'    echo "${{next%%;*}}{number}" >> "$run/launch/{JOBS}" ||',
+                             '    echo "the next job could not be submitted; do it yourself: sbatch ${words[*]}" >&2',
+                             "fi"],
                   "never": [f"{decide} && echo 'again=never: submit it again to go on' >&2"]}[job.again]
     return [*lines, 'exit "$code"']
 
 
 def _line(words: list[str]) -> str:
     """Words for the shell, as they are; of data.stage, $NAMES are put in."""
+    if bad := [word for word in words if word.startswith("data.stage=") and not names_only(word)]:
+        raise SlurmError(f"{bad[0]}: only names such as $SLURM_JOB_ID are put in")
     return " ".join(f'{word.partition("=")[0]}="{word.partition("=")[2]}"' if word.startswith("data.stage=") and
                     "$" in word else shlex.quote(word) for word in words)
 
@@ -174,16 +204,23 @@ def _memory(gigabytes: float) -> str:
 
 def refused(job: Cluster, work: Work) -> list[str]:
     """What this cluster could never start, in words; nothing where it is not asked, for want of its commands."""
-    told = _ask("scontrol", "-o", "show", "partition")
-    if told is None:
+    told = _ask("scontrol", "--all", "-o", "show", "partition") if job.partition else None
+    if not told:            # without a name, the site may send the job anywhere
         return []
     partitions = {found["PartitionName"]: found for line in told.splitlines() if (found := _pairs(line))}
-    chosen = job.partition or next((name for name, found in partitions.items() if found.get("Default") == "YES"), "")
-    if chosen not in partitions:
-        close = difflib.get_close_matches(chosen, partitions, n=1)
-        return [f"partition={chosen!r} is not one of {', '.join(sorted(partitions))}"
-                + (f"; did you mean {close[0]}?" if close else "")]
-    found, broken = partitions[chosen], []
+    reasons = []
+    for chosen in job.partition.split(","):
+        if chosen not in partitions:
+            close = difflib.get_close_matches(chosen, partitions, n=1)
+            return [f"partition={chosen!r} is not one of {', '.join(sorted(partitions))}"
+                    + (f"; did you mean {close[0]}?" if close else "")]
+        reasons.append(_too_much(job, work, chosen, partitions[chosen]))
+    return [] if not all(reasons) else reasons[0]      # of several, one that fits is enough
+
+
+def _too_much(job: Cluster, work: Work, chosen: str, found: dict[str, str]) -> list[str]:
+    """What a partition has not."""
+    broken = []
     if (most := _minutes(found.get("MaxTime", ""))) and job.hours * 60 > most:
         broken.append(f"hours={job.hours:g} is more than partition {chosen} gives, {most / 60:.3g}")
     for name in ("MaxNodes", "TotalNodes"):
@@ -208,14 +245,14 @@ class State:
     """What SLURM says of a job."""
 
     job: str
-    state: str                  # as SLURM writes it; unknown: it does not know the job any more
+    state: str                  # as SLURM writes it; or UNKNOWN, or SILENT
     reason: str = ""
     start: str = ""
 
     @property
     def over(self) -> bool:
         """Whether it is not waiting and not running."""
-        return self.state in (*ENDED, "unknown")
+        return self.state in (*ENDED, UNKNOWN)
 
     def __str__(self) -> str:
         more = f" ({self.reason})" if self.reason not in ("", "None") else ""
@@ -235,12 +272,15 @@ def states(numbers: list[str]) -> list[State]:
     """What became of jobs: by squeue while SLURM remembers them, then by sacct where there is accounting."""
     found: dict[str, list[State]] = {}
     for number in numbers:
-        if told := _ask("squeue", "-h", "-r", "-t", "all", "-j", number, "-o", "%i|%T|%r|%S"):
+        told, why = _answer("squeue", "-h", "-r", "-t", "all", "-j", number, "-o", "%i|%T|%r|%S")
+        if told:
             found[number] = [State(*line.split("|")) for line in told.splitlines()]
+        elif told is None and "Invalid job id" not in why:
+            found[number] = [State(number, SILENT, why)]
         elif told := _ask("sacct", "-n", "-P", "-X", "-j", number, "-o", "JobID,State"):
             found[number] = [State(name, state.split()[0]) for name, state in
                              (line.split("|") for line in told.splitlines())]
-    return [state for number in numbers for state in found.get(number, [State(number, "unknown")])]
+    return [state for number in numbers for state in found.get(number, [State(number, UNKNOWN)])]
 
 
 def cancel(found: list[State], *, saves: bool) -> None:
@@ -259,10 +299,16 @@ def cancel(found: list[State], *, saves: bool) -> None:
 
 def _ask(*words: str) -> str | None:
     """What a command of SLURM prints; None where there is none, or it refuses."""
+    return _answer(*words)[0]
+
+
+def _answer(*words: str) -> tuple[str | None, str]:
+    """What a command prints; or None, and why."""
     try:
-        return subprocess.run(words, capture_output=True, text=True, check=True, timeout=60).stdout
-    except (OSError, subprocess.SubprocessError):
-        return None
+        done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=60)
+    except (OSError, subprocess.SubprocessError) as error:
+        return None, f"{words[0]}: {getattr(error, 'strerror', None) or error}"
+    return (None, done.stderr.strip()) if done.returncode else (done.stdout, "")
 
 
 def _pairs(line: str) -> dict[str, str]:

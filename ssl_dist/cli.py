@@ -45,8 +45,8 @@ def verb(function: Callable[..., int | None]) -> Callable[..., None]:
             known = getattr(error, "exit_code", None)
             if debug or (known is None and not isinstance(error, OSError)):
                 raise
-            # Every rank fails together; rank 0 speaks for all, and each has its own log.
-            if os.environ.get("RANK", "0") == "0":
+            # Every rank fails together; rank 0 speaks for all, and each has its own log. What one alone knows, it says.
+            if os.environ.get("RANK", "0") == "0" or hasattr(error, "alone"):
                 for line in (_sentence(error) or type(error).__name__).splitlines():
                     print(f"ssl-dist: error: {line}", file=sys.stderr)      # noqa: T201
             code = 9 if known is None else known
@@ -540,12 +540,12 @@ def launch(where: Annotated[str, typer.Argument(help="local: torchrun on this ma
     return jobs.run(jobs.parse(where, arguments), say, _would_train)
 
 
-def _would_train(words: list[str], world: int) -> None:
+def _would_train(words: list[str], world: int, allowed: list[str]) -> None:
     """Refuses a run that would fail at its first step, before it is queued; the device is another machine's."""
     from ssl_dist import config as configs
     from ssl_dist import train as trainer
 
-    trainer.rehearse(configs.load_train(words[0], [*words[1:], "device=auto"]), world)
+    trainer.rehearse(configs.load_train(words[0], [*words[1:], "device=auto"]), world, allowed)
 
 
 @app.command()
@@ -650,7 +650,8 @@ def main() -> None:
     """The console script."""
     from launch import rank
 
-    os.environ.update(rank.environment(os.environ))     # before anybody asks which rank this is
+    # Before anybody asks which rank this is.
+    os.environ.update(rank.environment(os.environ, terminal=bool(sys.stdin and sys.stdin.isatty())))
     for stream in (sys.stdout, sys.stderr):     # µ must not end a command where the locale is older than UTF-8
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")

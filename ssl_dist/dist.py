@@ -23,17 +23,20 @@ class NoDevice(RuntimeError):
     """A device that was asked for and is not there."""
 
     exit_code = 2
+    alone = True            # other ranks may have theirs
 
 
 class NoMeeting(RuntimeError):
     """Ranks that did not find each other."""
 
     exit_code = 7
+    alone = True
 
 
 PATIENCE = timedelta(minutes=10)        # with a rank that does not answer
 _patience = PATIENCE
 TRIES = 16              # ports, where others may listen on some
+MEET = 600.0            # seconds for all ranks to have started, where each is started by itself
 MEETING = "SSL_DIST_MEETING"        # the attempt whose ranks these are, where nobody else vouches for the port
 
 
@@ -70,16 +73,18 @@ def _meet(name: str, stack: contextlib.ExitStack) -> c10d.Store:
                 threading.Thread(target=_tell, args=(asked, f"{name} {store.port}\n".encode()), daemon=True).start()
                 return store
         raise NoMeeting(f"ports {first} to {ports[-1]} of {host} are all taken; run the same command again")
-    until = time.monotonic() + _patience.total_seconds()
+    until = time.monotonic() + min(MEET, _patience.total_seconds())
     while time.monotonic() < until:
         for port in ports:
             with contextlib.suppress(OSError), socket.create_connection((host, port), timeout=3) as question:
                 said = question.makefile().readline(500).split()
                 if said[:1] == [name]:
-                    return c10d.TCPStore(host, int(said[1]), is_master=False, wait_for_workers=False, timeout=_patience)
+                    return c10d.TCPStore(host, int(said[1]), is_master=False, wait_for_workers=False,
+                                         timeout=_patience)
         time.sleep(0.1)
     raise NoMeeting(f"rank {os.environ['RANK']} found rank 0 on none of the ports {first} to {ports[-1]} of {host} in "
-                    f"{_patience.total_seconds():.0f} s; is {host} the machine's name on the network of the others?")
+                    f"{min(MEET, _patience.total_seconds()):.0f} s; is {host} the machine's name on the network of the "
+                    "others?")
 
 
 def _tell(asked: socket.socket, answer: bytes) -> None:
@@ -122,7 +127,13 @@ def device(wanted: str) -> torch.device:
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise NoDevice("device=cuda, but torch sees no GPU; `ssl-dist doctor` says why, device=auto takes the CPU")
-    return torch.device("cuda", local_rank())
+    seen = torch.cuda.device_count()
+    if local_rank() < seen:
+        return torch.device("cuda", local_rank())
+    if seen == 1:       # each process is shown its own alone
+        return torch.device("cuda", 0)
+    raise NoDevice(f"rank {rank()} is process {local_rank()} of its machine, which shows it {seen} GPUs; start as many "
+                   "processes as there are GPUs")
 
 
 def rank() -> int:
@@ -143,6 +154,14 @@ def local_rank() -> int:
 def local_world() -> int:
     """How many processes share this machine's cores."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def cores() -> int:
+    """Cores that this process may use: its own under SLURM, whether bound to them or not; else its share of all."""
+    here = len(os.sched_getaffinity(0))
+    if MEETING in os.environ and (own := os.environ.get("SLURM_CPUS_PER_TASK", "")).isdigit():
+        return max(1, min(here, int(own)))
+    return max(1, here // local_world())
 
 
 def barrier() -> None:

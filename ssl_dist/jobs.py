@@ -14,7 +14,6 @@ import re
 import shlex
 import signal
 import socket
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -31,9 +30,12 @@ from ssl_dist.config import ConfigError
 VERBS = ("train", "shard", "eval", "bench")
 EXAMPLE = "ssl-dist launch local ranks=2 -- train CONFIG key=value …"
 SWITCHES = ("print", "unchecked")
+ALLOW = "--allow-change="
+STOPPED = (4, 5, 130)       # exit codes of a run that somebody ended
 
 Say = Callable[[str], None]
-Check = Callable[[list[str], int], None]    # refuses a recipe and its words, on so many ranks, that would fail at once
+# Refuses a recipe and its words, on so many ranks, that would fail at once; the last are keys that may have changed.
+Check = Callable[[list[str], int, list[str]], None]
 
 
 @dataclass
@@ -75,9 +77,13 @@ def parse(where: str, arguments: list[str]) -> Asked:
         job = config.load(Cluster, recipe or "launch/cluster", typed)
     else:
         job = schema.load(Local, None, typed)
-    if "--allow-change" in words:       # its word is no key=value of the recipe
+    while "--allow-change" in words:    # its word is no key=value of the recipe
         place = words.index("--allow-change")
         words[place:place + 2] = ["=".join(words[place:place + 2])]
+    if strange := [word for word in words if word.startswith("-") and word != "--debug" and not word.startswith(ALLOW)
+                   and verb in ("train", "shard", "eval")]:
+        raise ConfigError([f"{strange[0]} is no option that a launch hands on to {verb}: --debug and --allow-change "
+                           "are; --print-config and --dry-run go without a launch"])
     return Asked(where, job, recipe, verb, words, switches, sizes or [job.nodes] if where == "slurm" else [])
 
 
@@ -109,20 +115,27 @@ def run(asked: Asked, say: Say, check: Check) -> int:
     """Launches; returns the exit code, of what ran here or of what was submitted."""
     if asked.where == "slurm":
         return _submit(asked, say, check)
-    runs = _swept(asked) if asked.verb == "train" else [asked.words]
-    codes = [_here(replace(asked, words=words), say) for words in runs]
-    return next((code for code in codes if code), 0)
+    worst = 0
+    for words in _swept(asked) if asked.verb == "train" else [asked.words]:
+        code = _here(replace(asked, words=words), say)
+        worst = worst or code
+        if code in STOPPED:
+            break
+    return worst
 
 
 def _here(asked: Asked, say: Say) -> int:
     """On this machine."""
     job: Local = asked.job
-    if asked.verb != "train":
+    if asked.verb != "train" and not (asked.verb == "bench" and not Path(asked.words[0]).is_dir()):
+        if job != Local():
+            raise ConfigError([f"{asked.verb} is one process, on one machine: leave out what is said of ranks and "
+                               "nodes"])
         words = [sys.executable, "-m", "ssl_dist", asked.verb, *asked.words]
-        if "print" in asked.switches:
-            say(shlex.join(words))
-            return 0
-        return subprocess.run(words, check=False).returncode
+        if "print" not in asked.switches:
+            os.execv(words[0], words)       # so that signals are its own
+        say(shlex.join(words))
+        return 0
     settings = config.load(config.Train, asked.words[0], asked.overrides)
     least, most = job.least_most
     for nodes in range(least, most + 1):
@@ -136,7 +149,7 @@ def _here(asked: Asked, say: Say) -> int:
         return 0
     if most == 1:
         lock.free(settings.run)         # a folder in use is refused here, before the ranks start
-    _note(asked, settings.run / "launch", asked.words)
+    _note(asked, settings.run / "launch", asked.words, [settings.run])
     code = local.run(job, words, settings.run)
     if code == 1:
         raise LaunchFailed(f"the ranks ended without a word; their logs are in {settings.run / 'logs'}. "
@@ -153,7 +166,8 @@ class LaunchFailed(RuntimeError):
 def _submit(asked: Asked, say: Say, check: Check) -> int:
     """On a cluster."""
     works = {"train": _trains, "shard": _shards, "eval": _evals, "bench": _scales}[asked.verb](asked, check)
-    if broken := list(dict.fromkeys(words for work in works for words in slurm.refused(asked.job, work))):
+    if "unchecked" not in asked.switches and (broken := list(dict.fromkeys(
+            words for work in works for words in slurm.refused(asked.job, work)))):
         raise ConfigError(broken)
     if "print" in asked.switches:
         for work in works:
@@ -162,23 +176,40 @@ def _submit(asked: Asked, say: Say, check: Check) -> int:
     for home in {work.folder for work in works}:
         if active := [state for state in slurm.states(slurm.jobs(home)) if not state.over]:
             raise folder.FolderInUse(f"{home.parent}: {active[0]} works there already; `ssl-dist cancel` ends it")
-    done: dict[str, str] = {}
+    before = os.umask(int(asked.job.umask, 8)) if asked.job.umask else None
+    try:
+        _queue(asked, works, say)
+    finally:
+        if before is not None:
+            os.umask(before)
+    return 0
+
+
+def _queue(asked: Asked, works: list[slurm.Work], say: Say) -> None:
+    """Submits all jobs, or none: where one is refused, those before it are taken back."""
     for work in works:
-        work.after = [done[name] for name in work.after]
-        (work.folder.parent / account.STOP).unlink(missing_ok=True)
-        done[work.name] = slurm.submit(asked.job, work)
+        for path in work.runs:
+            for note in (account.STOP, account.FRUITLESS):
+                (path / note).unlink(missing_ok=True)
+        _note(asked, work.folder, asked.words, [run for each in works for run in each.runs])
+    done: dict[str, str] = {}
+    try:
+        for work in works:
+            work.after = [done[name] for name in work.after]
+            done[work.name] = slurm.submit(asked.job, work)
+    except slurm.SlurmError:
+        if done:
+            slurm.cancel([slurm.State(number, "PENDING") for number in done.values()], saves=False)
+        raise
+    for work in works:
         say(f"job {done[work.name]}: {work.name}" + (f", {len(work.commands)} tasks" if len(work.commands) > 1 else "")
             + (f", after {', '.join(work.after)}" if work.after else "")
             + f"; `ssl-dist status {_subject(work)}` says how it goes")
-    for home in {work.folder for work in works}:
-        _note(asked, home, asked.words)
-    for work in works:          # of a sweep, each run knows its task
-        for number, path in enumerate(work.runs if len(work.runs) > 1 else []):
+        for number, path in enumerate(work.runs if len(work.runs) > 1 else []):     # of a sweep, each knows its task
             home = folder.make(path / "launch")
             with (home / slurm.JOBS).open("a") as file:
                 file.write(f"{done[work.name]}_{number}\n")
-            _note(asked, home, work.commands[number][1:])
-    return 0
+            _note(asked, home, work.commands[number][1:], [path])
 
 
 def _subject(work: slurm.Work) -> Path:
@@ -201,13 +232,14 @@ def _checked(asked: Asked, words: list[str], world: int, check: Check) -> config
     settings = config.load(config.Train, words[0], plain)
     config.rank_batch(settings, world)
     if "unchecked" not in asked.switches:
-        check([words[0], *plain], world)
+        check([words[0], *plain], world, [word.partition("=")[2] for word in words if word.startswith(ALLOW)])
     return settings
 
 
 def _told(job: Cluster, words: list[str]) -> list[str]:
     """The words of a run, with what the cluster adds to them where nobody typed it."""
-    adds = {"grace": str(job.grace - 5), "data.stage": job.stage, "device": "cuda" if job.gpus else ""}
+    adds = {"grace": str(max(job.grace // 2, job.grace - 30)), "data.stage": job.stage,
+            "device": "cuda" if job.gpus else ""}
     typed = {word.partition("=")[0] for word in words}
     return [*words, *(f"{name}={value}" for name, value in adds.items() if value and name not in typed)]
 
@@ -292,10 +324,11 @@ def _values(word: str) -> list[str]:
     return [f"{name}={part}" for part in parts] if len(parts) > 1 and ",".join(parts) == text else [word]
 
 
-def _note(asked: Asked, home: Path, words: list[str]) -> None:
+def _note(asked: Asked, home: Path, words: list[str], runs: list[Path]) -> None:
     folder.write_json(folder.make(home) / "launch.json", {
         "where": asked.where, "recipe": asked.recipe, "job": schema.plain(asked.job), "verb": asked.verb,
-        "words": words, "sizes": asked.sizes, "folder": str(Path.cwd()), "host": socket.gethostname(),
+        "words": words, "sizes": asked.sizes, "runs": [str(path.absolute()) for path in runs],
+        "folder": str(Path.cwd()), "host": socket.gethostname(),
         "pid": os.getpid(), "begun": datetime.now(UTC).isoformat(timespec="seconds")})
 
 
@@ -322,7 +355,7 @@ def of(path: Path) -> Noted:
     for home in (path / "launch", path.parent / f"{path.name}.launch"):
         try:
             told = json.loads((home / "launch.json").read_text())
-            if {"where", "job", "verb", "words", "folder", "host", "pid"} <= told.keys():
+            if {"where", "job", "verb", "words", "runs", "folder", "host", "pid"} <= told.keys():
                 return Noted(home, told)
         except (OSError, ValueError, AttributeError):
             continue
@@ -340,10 +373,15 @@ def states(path: Path) -> list[slurm.State]:
 def cancel(path: Path) -> str:
     """Asks a launch to end: its ranks save first. It does not go on by itself."""
     noted = of(path)
-    if noted.home.name == "launch":
-        folder.write(path / account.STOP, "cancelled\n")
+    for run in map(Path, noted.told["runs"]):
+        if run.is_dir():
+            folder.make(run / "launch")
+            folder.write(run / account.STOP, "cancelled\n")
     if noted.told["where"] == "slurm":
         active = [state for state in noted.states() if not state.over]
+        if silent := [state for state in active if state.state == slurm.SILENT]:
+            raise slurm.SlurmError(f"{path}: SLURM does not answer ({silent[0].reason}); whether job {silent[0].job} "
+                                   "runs is not known, so it was not asked to end")
         if not active:
             return f"{path}: none of its jobs waits or runs"
         saves = noted.told["verb"] == "train"

@@ -76,6 +76,12 @@ class Run:
         self.content["step"] = step
         self._write()
 
+    def saved(self, step: int) -> None:
+        """A checkpoint of this attempt is complete: whoever started it knows that it gets on."""
+        self.content["attempts"][-1]["saved"] = step
+        with contextlib.suppress(OSError):      # the checkpoint is there all the same
+            self._write()
+
     def reaches(self, what: str) -> None:
         """Says how long after the start of this process something was there, the first time that it was."""
         if what not in (known := self.content["attempts"][-1]["seconds_to"]):

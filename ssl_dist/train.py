@@ -67,6 +67,11 @@ class Parts:
     asked: list[int]                # signals that ask this rank to stop
     kept: dict[str, Any]            # what a checkpoint says besides numbers: identity, way, left_out
 
+    def publish(self, *, must: bool = False) -> None:
+        """The checkpoint that is being written is complete, on all ranks."""
+        if found := self.saver.publish(must=must):
+            self.run.saved(checkpoint.state(found)["step"])
+
     @property
     def left_out(self) -> list[int]:
         """Steps whose batch gave no finite number, and taught nothing."""
@@ -130,7 +135,7 @@ def train(settings: Train, allowed: Sequence[str] = ()) -> int:
 
 def _built(settings: Train, path: Path, run: runs.Run, device: torch.device, reader: Reader, identity: dict[str, Any],
            found: Path | None, watching: Watch, asked: list[int], owner: lock.Owner) -> Parts:
-    threads = max(1, len(os.sched_getaffinity(0)) // dist.local_world())
+    threads = dist.cores()
     torch.set_num_threads(threads)
     threads = settings.data.threads or threads
     stream = _stream(settings, reader)
@@ -219,13 +224,13 @@ def _loop(own: Parts, step: int, last: int) -> int:
         own.run.alive(step)
         ends = stopping or step == last
         if saver.pending and (ends or not writing):
-            saver.publish()
+            own.publish()
         if ends or due or step % settings.checkpoint.every == 0:
             if saver.pending:
-                saver.publish()
+                own.publish()
             saver.begin(step, own.kept)
         if ends:
-            saver.publish(must=True)
+            own.publish(must=True)
             break
     return step
 
@@ -257,7 +262,7 @@ def _leave_out(own: Parts, batch: Batch, step: int, progress: float, culprit: in
 def _rewound(own: Parts) -> int:
     """The step of the last checkpoint, taken up again; its weights are those of this run before anything went wrong."""
     if own.saver.pending:
-        own.saver.publish()
+        own.publish()
     if (found := checkpoint.agreed(own.path / "checkpoints")) is None:
         raise NotFinite("nonfinite=rewind, and there is no checkpoint to go back to yet; use a smaller "
                         "checkpoint.every, or nonfinite=skip")

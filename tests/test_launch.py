@@ -50,11 +50,17 @@ def test_ranks_of_one_attempt_agree_and_those_of_another_have_another_name() -> 
 @pytest.mark.parametrize("shell", [
     {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "5", "SLURM_PROCID": "0"},                    # salloc, a batch script
     {**TASK, "SLURM_STEP_ID": "4294967290"}, {**TASK, "SLURM_STEP_ID": "interactive"},     # its interactive step
-    {**TASK, "SLURM_PTY_PORT": "40000"},                                                # srun --pty bash
     {**TASK, "SLURM_STEP_NUM_TASKS": "1"},
     {**TASK, "TORCHELASTIC_RUN_ID": "x", "RANK": "1"}])                                 # torchrun in a task
 def test_a_shell_is_no_rank(shell: dict[str, str]) -> None:
     assert rank.environment(shell) == {}
+
+
+def test_srun_in_a_shell_of_srun_starts_ranks_and_the_shell_is_none() -> None:
+    """The shell of `srun -n5 --pty bash` and what srun starts in it have the same variables, but not the same input."""
+    given = {**TASK, "SLURM_PTY_PORT": "40000"}
+    assert rank.environment(given, terminal=True) == {}
+    assert rank.environment(given)["RANK"] == "3"
 
 
 def test_what_other_launchers_left_behind_is_not_believed() -> None:
@@ -133,20 +139,28 @@ def run_folder(path: Path, **told: Any) -> Path:
         (home / "MANIFEST.json").write_text("{}")
     (path / "run.json").write_text(json.dumps({
         "state": "running", "exit_code": None, "error": None, "step": 7,
-        "attempts": [{"launch": "7.0", "from_step": 4, "outcome": None, **told}]}))
+        "attempts": [{"launch": "7.0", "from_step": 4, "saved": 6, "outcome": None, **told}]}))
     return path
 
 
 @pytest.mark.parametrize(("code", "more", "again"), [
-    (4, {}, True), (7, {}, True), (6, {}, True), (137, {}, True),           # preempted, a peer died, hang, killed
-    (0, {}, False), (2, {}, False), (3, {}, False), (8, {}, False), (9, {}, False), (10, {}, False), (1, {}, False),
-    (4, {"from_step": 6}, False),                                           # nothing came of this attempt
-    (4, {"launch": "6.0"}, False)])                                         # it had not begun
+    (4, {}, True), (7, {}, True), (6, {}, True), (137, {}, True), (1, {}, True),    # preempted, a peer died, hang, …
+    (0, {}, False), (2, {}, False), (3, {}, False), (8, {}, False), (9, {}, False), (130, {}, False),
+    (4, {"from_step": 6}, False), (1, {"saved": 0}, False),                 # nothing came of this attempt
+    (4, {"launch": "6.0"}, False), (137, {"launch": "6.0"}, False)])        # it had not begun
 def test_a_run_goes_on_by_itself_only_where_another_attempt_may_do_better(
         code: int, more: dict[str, Any], again: bool, tmp_path: Path) -> None:
     found, why = account.goes_on(run_folder(tmp_path, **more), "7.0", code)
     assert found is again
     assert bool(why) is (code != 0)
+
+
+@pytest.mark.parametrize("code", [5, 10, 140, 143])
+def test_bad_luck_is_tried_again_three_times_in_a_row(code: int, tmp_path: Path) -> None:
+    run = run_folder(tmp_path, launch="6.0")
+    assert [account.goes_on(run, "7.0", code)[0] for _ in range(4)] == [True, True, False, False]
+    assert account.goes_on(run, "6.0", code)[0], "this one got on, and the count begins anew"
+    assert account.goes_on(run, "7.0", code)[0]
 
 
 def test_a_run_that_was_cancelled_does_not_go_on(tmp_path: Path) -> None:
@@ -181,6 +195,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with a shard folder's name and a source in it, to launch from; of no cluster."""
     for name in ("data/mine", "data/tcga", "archive"):
         (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "ssl_dist.sif").touch()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PATH", str(tmp_path))
     return tmp_path
@@ -189,7 +204,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def launched(where: str, words: str) -> list[str]:
     """What `ssl-dist launch` says to these words."""
     said: list[str] = []
-    assert jobs.run(jobs.parse(where, shlex.split(words)), said.append, lambda words, world: None) == 0
+    assert jobs.run(jobs.parse(where, shlex.split(words)), said.append, lambda words, world, allowed: None) == 0
     return said
 
 
@@ -198,7 +213,7 @@ def launched(where: str, words: str) -> list[str]:
     ("machines", "launch/machines account=lab --print -- train pretrain/dino_tcga run=runs/dino "
                  "data.shards=[data/tcga] seed=1,2"),
     ("cpu", "launch/cpu parts=3 partition=cpu --print -- shard shards/slides source=archive out=data/cut dataset=mine"),
-    ("container", "launch/container container=docker://example.org/ssl_dist:1 binds=[/archive] --print -- "
+    ("container", "launch/container container=ssl_dist.sif binds=[/archive] --print -- "
                   "eval eval/linear encoder=runs/old/encoder data.shards=[data/mine]"),
     ("chain", "launch/chain --print -- train pretrain/simclr run=runs/first data.shards=[data/mine]")])
 def test_a_script_is_what_it_was(name: str, words: str, place: Path) -> None:
@@ -248,13 +263,16 @@ def test_what_cannot_be_launched_here_is_said_at_once(words: str, said: str) -> 
     ("hours=0 -- train demo data.shards=[data/mine]", "hours=0"),
     ("grace=3600 hours=1 gpus=0 -- train demo data.shards=[data/mine]", "more than half of hours=1"),
     ("options.time=3 -- train demo data.shards=[data/mine]", "has a key of its own here: hours"),
+    ("container=docker://a/b -- train demo data.shards=[data/mine]", "apptainer pull image.sif docker://a/b"),
+    ("gpus=0 -- train demo data.shards=[data/mine] --dry-rnu", "--dry-rnu is no option that a launch hands on"),
+    ("gpus=0 -- train demo data.shards=[data/mine] 'data.stage=/a/$(reboot)'", "only names such as"),
     ("container=none.sif -- train demo data.shards=[data/mine]", "does not exist"),
     ("stage='/a/$(reboot)' -- train demo data.shards=[data/mine]", "only names such as"),
     ("launch/nowhere -- train demo", "no config launch/nowhere"),
     ("gpus=0 -- train demo data.shards=[data/mine] optim.lr=1e-3,2e-3 method.name=nothing", "method.name='nothing'")])
 def test_what_a_cluster_cannot_be_asked_is_said_at_once(words: str, said: str) -> None:
-    with pytest.raises(ConfigError, match=re.escape(said)):
-        launched("slurm", words)
+    with pytest.raises((ConfigError, slurm.SlurmError), match=re.escape(said)):
+        launched("slurm", f"--print {words}")
 
 
 @pytest.mark.usefixtures("place")
@@ -279,10 +297,10 @@ def test_a_comma_between_values_makes_a_sweep_and_one_inside_of_a_value_does_not
 
 @pytest.mark.usefixtures("place")
 def test_nodes_and_rendezvous_become_torchruns() -> None:
-    (said,) = launched("local", "--nodes 2:3 --rendezvous host:29400 ranks=2 --print -- train demo "
+    (said,) = launched("local", "--nodes 2:3 --rendezvous localhost:29400 ranks=2 --print -- train demo "
                                 "data.shards=[data/mine] data.batch=24")
     words = shlex.split(said)
-    for name, value in (("--nnodes", "2:3"), ("--rdzv-endpoint", "host:29400"), ("--rdzv-backend", "c10d"),
+    for name, value in (("--nnodes", "2:3"), ("--rdzv-endpoint", "localhost:29400"), ("--rdzv-backend", "c10d"),
                         ("--nproc-per-node", "2"), ("--max-restarts", "3")):
         assert words[words.index(name) + 1] == value
     assert words[words.index("ssl_dist") + 1:] == ["train", "demo", "data.shards=[data/mine]", "data.batch=24"]
@@ -291,7 +309,7 @@ def test_nodes_and_rendezvous_become_torchruns() -> None:
 def test_a_launch_reads_back_as_it_was_typed(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = jobs.parse("slurm", shlex.split("gpus=2 hours=3 -- train demo data.shards=[data/mine] run=runs/x "
                                             "--allow-change seed"))
-    jobs._note(asked, place / "runs" / "x" / "launch", asked.words)
+    jobs._note(asked, place / "runs" / "x" / "launch", asked.words, [])
     monkeypatch.chdir("/")
     again = jobs.again(place / "runs" / "x")
     assert (again.job, again.words, again.verb, Path.cwd()) == (asked.job, asked.words, "train", place)

@@ -51,7 +51,8 @@ SchedulerParameters=sched_interval=2,bf_interval=2,requeue_setup_env_fail
 ReturnToService=2
 JobRequeue=1
 KillWait=10
-MinJobAge=86400
+# So that squeue forgets what sacct still knows.
+MinJobAge=30
 InactiveLimit=0
 MessageTimeout=10
 SlurmdTimeout=20
@@ -124,6 +125,8 @@ def up(folder: Path, *, accounting: bool) -> Cluster:
     if lacking := missing(accounting=accounting):
         raise NotHere(lacking)
     folder = folder.resolve()
+    if (folder / "pids.json").exists():
+        raise NotHere(f"{folder} has one already, or had: take it down first")
     for name in ("", "state", *(f"spool-n{number + 1}" for number in range(NODES))):
         (folder / name).mkdir(mode=0o755, parents=True, exist_ok=True)
     ports = _ports(3 + NODES)

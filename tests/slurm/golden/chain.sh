@@ -15,20 +15,23 @@
 #SBATCH --time=240
 
 # setup
-cd HERE
+cd HERE || exit 2
 export SSL_DIST_LAUNCH="$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}"
 export HF_HUB_OFFLINE=1
 run=runs/first
+[ ! -e "$run/launch/stop" ] || { echo "$run was cancelled" >&2; exit 0; }
 
 # command
 export SUBMITIT_EXECUTOR=slurm
-srun --unbuffered --output HERE/runs/first/launch/%j_%t_log.out --error HERE/runs/first/launch/%j_%t_log.err --kill-on-bad-exit=1 --cpus-per-task=8 PYTHON -u -m ssl_dist train pretrain/simclr run=runs/first 'data.shards=[data/mine]' grace=295 device=cuda
+srun --unbuffered --output HERE/runs/first/launch/%j_%t_log.out --error HERE/runs/first/launch/%j_%t_log.err --kill-on-bad-exit=1 --cpus-per-task=8 PYTHON -P -u -m ssl_dist train pretrain/simclr run=runs/first 'data.shards=[data/mine]' grace=270 device=cuda
 
 
 # teardown
 code=$?
-if PYTHON -m launch.account "$run" --code "$code"; then
-  next=$(sbatch --parsable "$0") && echo "$next" >> HERE/runs/first/launch/jobs ||
-    echo "the next job could not be submitted; do it yourself: sbatch runs/first/launch/${SLURM_JOB_ID}_submission.sh" >&2
+if PYTHON -P -m launch.account "$run" --code "$code"; then
+  cp "$0" "$run/launch/next.sh"; words=(--parsable "$run/launch/next.sh")
+  next=$(unset $(compgen -v SLURM_ | grep -vx SLURM_CONF); sbatch "${words[@]}") &&
+    echo "${next%%;*}" >> "$run/launch/jobs" ||
+    echo "the next job could not be submitted; do it yourself: sbatch ${words[*]}" >&2
 fi
 exit "$code"

@@ -15,19 +15,20 @@
 #SBATCH --time=1440
 
 # setup
-cd HERE
+cd HERE || exit 2
 export SSL_DIST_LAUNCH="$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}"
 export HF_HUB_OFFLINE=1
 run=runs/first
+[ ! -e "$run/launch/stop" ] || { echo "$run was cancelled" >&2; exit 0; }
 
 # command
 export SUBMITIT_EXECUTOR=slurm
-srun --unbuffered --output HERE/runs/first/launch/%j_%t_log.out --error HERE/runs/first/launch/%j_%t_log.err --kill-on-bad-exit=1 --cpus-per-task=8 PYTHON -u -m ssl_dist train pretrain/simclr run=runs/first 'data.shards=[data/mine]' grace=115 device=cuda
+srun --unbuffered --output HERE/runs/first/launch/%j_%t_log.out --error HERE/runs/first/launch/%j_%t_log.err --kill-on-bad-exit=1 --cpus-per-task=8 PYTHON -P -u -m ssl_dist train pretrain/simclr run=runs/first 'data.shards=[data/mine]' grace=90 device=cuda
 
 
 # teardown
 code=$?
-if PYTHON -m launch.account "$run" --code "$code"; then
+if PYTHON -P -m launch.account "$run" --code "$code"; then
   scontrol requeue "$SLURM_JOB_ID" && sleep 60
 fi
 exit "$code"

@@ -11,17 +11,16 @@
 #SBATCH --open-mode=append
 #SBATCH --output=HERE/runs/old/eval/launch/%j_0_log.out
 #SBATCH --requeue
-#SBATCH --signal=USR2@120
 #SBATCH --time=1440
 
 # setup
-cd HERE
+cd HERE || exit 2
 export SSL_DIST_LAUNCH="$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}"
 export HF_HUB_OFFLINE=1
 
 # command
 export SUBMITIT_EXECUTOR=slurm
-srun --unbuffered --output HERE/runs/old/eval/launch/%j_%t_log.out --error HERE/runs/old/eval/launch/%j_%t_log.err --kill-on-bad-exit=1 --cpus-per-task=8 apptainer exec --nv --bind /archive docker://example.org/ssl_dist:1 python -u -m ssl_dist eval eval/linear encoder=runs/old/encoder 'data.shards=[data/mine]'
+srun --unbuffered --output HERE/runs/old/eval/launch/%j_%t_log.out --error HERE/runs/old/eval/launch/%j_%t_log.err --kill-on-bad-exit=1 --cpus-per-task=8 apptainer exec --nv --bind /archive HERE/ssl_dist.sif python -P -u -m ssl_dist eval eval/linear encoder=runs/old/encoder 'data.shards=[data/mine]'
 
 
 # teardown

@@ -12,11 +12,10 @@
 #SBATCH --output=HERE/data/cut.launch/%A_%a_0_log.out
 #SBATCH --partition=cpu
 #SBATCH --requeue
-#SBATCH --signal=USR2@120
 #SBATCH --time=720
 
 # setup
-cd HERE
+cd HERE || exit 2
 umask 002
 export SSL_DIST_LAUNCH="$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}"
 export HF_HUB_OFFLINE=1
@@ -28,7 +27,7 @@ esac
 
 # command
 export SUBMITIT_EXECUTOR=slurm
-srun --unbuffered --output HERE/data/cut.launch/%A_%a_%t_log.out --error HERE/data/cut.launch/%A_%a_%t_log.err --kill-on-bad-exit=1 --cpus-per-task=8 PYTHON -u -m ssl_dist "${words[@]}"
+srun --unbuffered --output HERE/data/cut.launch/%A_%a_%t_log.out --error HERE/data/cut.launch/%A_%a_%t_log.err --kill-on-bad-exit=1 --cpus-per-task=8 PYTHON -P -u -m ssl_dist "${words[@]}"
 
 
 # teardown
@@ -50,18 +49,17 @@ exit "$code"
 #SBATCH --output=HERE/data/cut.launch/%j_0_log.out
 #SBATCH --partition=cpu
 #SBATCH --requeue
-#SBATCH --signal=USR2@120
 #SBATCH --time=720
 
 # setup
-cd HERE
+cd HERE || exit 2
 umask 002
 export SSL_DIST_LAUNCH="$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}"
 export HF_HUB_OFFLINE=1
 
 # command
 export SUBMITIT_EXECUTOR=slurm
-srun --unbuffered --output HERE/data/cut.launch/%j_%t_log.out --error HERE/data/cut.launch/%j_%t_log.err --kill-on-bad-exit=1 --cpus-per-task=8 PYTHON -u -m ssl_dist shard shards/slides source=archive out=data/cut dataset=mine
+srun --unbuffered --output HERE/data/cut.launch/%j_%t_log.out --error HERE/data/cut.launch/%j_%t_log.err --kill-on-bad-exit=1 --cpus-per-task=8 PYTHON -P -u -m ssl_dist shard shards/slides source=archive out=data/cut dataset=mine
 
 
 # teardown

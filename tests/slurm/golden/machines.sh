@@ -17,25 +17,27 @@
 #SBATCH --time=2880
 
 # setup
-cd HERE
+cd HERE || exit 2
 module purge
 module load cuda
 export SSL_DIST_LAUNCH="$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}"
 export NCCL_SOCKET_IFNAME=ib0 GLOO_SOCKET_IFNAME=ib0
 export HF_HUB_OFFLINE=1
 case "$SLURM_ARRAY_TASK_ID" in
-0) words=(train pretrain/dino_tcga 'data.shards=[data/tcga]' seed=1 run=runs/dino/seed=1 grace=115 data.stage="/tmp/$SLURM_JOB_ID" device=cuda) run=runs/dino/seed=1 ;;
-1) words=(train pretrain/dino_tcga 'data.shards=[data/tcga]' seed=2 run=runs/dino/seed=2 grace=115 data.stage="/tmp/$SLURM_JOB_ID" device=cuda) run=runs/dino/seed=2 ;;
+0) words=(train pretrain/dino_tcga 'data.shards=[data/tcga]' seed=1 run=runs/dino/seed=1 grace=90 data.stage="/tmp/$SLURM_JOB_ID" device=cuda) run=runs/dino/seed=1 ;;
+1) words=(train pretrain/dino_tcga 'data.shards=[data/tcga]' seed=2 run=runs/dino/seed=2 grace=90 data.stage="/tmp/$SLURM_JOB_ID" device=cuda) run=runs/dino/seed=2 ;;
 esac
+[ ! -e "$run/launch/stop" ] || { echo "$run was cancelled" >&2; exit 0; }
 
 # command
 export SUBMITIT_EXECUTOR=slurm
-srun --unbuffered --output HERE/runs/dino/launch/%A_%a_%t_log.out --error HERE/runs/dino/launch/%A_%a_%t_log.err --kill-on-bad-exit=1 --cpus-per-task=12 PYTHON -u -m ssl_dist "${words[@]}"
+srun --unbuffered --output HERE/runs/dino/launch/%A_%a_%t_log.out --error HERE/runs/dino/launch/%A_%a_%t_log.err --kill-on-bad-exit=1 --cpus-per-task=12 PYTHON -P -u -m ssl_dist "${words[@]}"
 
 
 # teardown
 code=$?
-if PYTHON -m launch.account "$run" --code "$code"; then
-  scontrol requeue "$SLURM_JOB_ID" && sleep 60
+srun --ntasks=4 --ntasks-per-node=1 rm -rf -- "/tmp/$SLURM_JOB_ID"
+if PYTHON -P -m launch.account "$run" --code "$code"; then
+  scontrol requeue "${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID" && sleep 60
 fi
 exit "$code"
