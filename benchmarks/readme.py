@@ -268,7 +268,8 @@ def learnt() -> dict[str, dict[int, dict]]:
 
 def _told(result: dict) -> dict:
     """All that decides what a run learns and how it is asked, but for the seed."""
-    config = {key: value for key, value in result["config"].items() if key not in ("seed", "run", "log", "checkpoint")}
+    config = {key: result["config"][key] for key in ("data", "method", "encoder", "optim", "steps", "epochs", "samples",
+                                                     "precision", "accumulate")}
     return {**config, "data": {**config["data"], "shards": None}, "asked": [result["size"], result["k"]]}
 
 
