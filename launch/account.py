@@ -1,6 +1,7 @@
 """What became of an attempt: read from its run folder by whoever started it, and put right where the end was sudden.
 
-    python -m launch.account RUN --code 4      after the ranks have ended; 0: it should go on by itself
+    python -m launch.account RUN --code 15     after the ranks have ended with srun's code: prints their own, and exits
+                                               with 0 where the run should go on by itself, with 3 where not
 """
 
 import argparse
@@ -109,10 +110,12 @@ def main() -> int:
     parser.add_argument("--code", type=int, required=True, help="with which the ranks ended")
     asked = parser.parse_args()
     launch = os.environ.get(LAUNCH, "")
-    again, why = goes_on(asked.run, launch, settle(asked.run, launch, asked.code))
+    ended = settle(asked.run, launch, asked.code)
+    again, why = goes_on(asked.run, launch, ended)
+    sys.stdout.write(f"{ended}\n")
     if why:
         sys.stderr.write(f"ssl-dist: {asked.run}: {why}\n")
-    return 0 if again else 1
+    return 0 if again else 3
 
 
 if __name__ == "__main__":

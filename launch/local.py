@@ -67,7 +67,9 @@ def command(job: Local, arguments: list[str], debug: bool = False) -> list[str]:
     least, most = job.least_most
     if job.rendezvous:
         meet = ["--nnodes", job.nodes, "--rdzv-backend", "c10d", "--rdzv-endpoint", job.rendezvous, "--rdzv-id",
-                f"{zlib.crc32(' '.join(arguments).encode()):x}", "--local-addr", address(job)]
+                f"{zlib.crc32(' '.join(arguments).encode()):x}", "--local-addr", address(job),
+                # Whose machine keeps the list of all: torchrun would compare names, which need not resolve.
+                "--rdzv-conf", f"is_host={'true' if hosts(job) else 'false'}"]
         meet += ["--max-restarts", str(job.restarts)] if least < most else []
     elif job.port:
         meet = ["--master-port", str(job.port)]
@@ -92,6 +94,16 @@ def address(job: Local) -> str:
     except OSError as error:
         raise Unreachable(f"rendezvous={job.rendezvous}: {error.strerror}; name a machine that this one "
                           "reaches") from None
+
+
+def hosts(job: Local) -> bool:
+    """Whether the rendezvous is on this machine: its address can be listened on."""
+    host, _, port = job.rendezvous.rpartition(":")
+    for family, _, _, _, there in socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM):
+        with contextlib.suppress(OSError), socket.socket(family) as probe:
+            probe.bind((there[0], 0))
+            return True
+    return False
 
 
 def interface(own: str) -> str:

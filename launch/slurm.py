@@ -25,6 +25,7 @@ from launch.job import Cluster, names_only
 from launch.rank import LAUNCH
 
 JOBS = "jobs"               # in the folder of a launch: the numbers of its jobs, a line each
+IF_AGAIN = 'if [ "$again" = 0 ]; then'
 UNKNOWN, SILENT = "unknown", "unanswered"       # SLURM has forgotten a job; SLURM does not answer
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE",
          "PREEMPTED", "REVOKED")
@@ -176,17 +177,18 @@ def _teardown(job: Cluster, work: Work) -> list[str]:
         stage = re.sub(r"\$(SLURM_JOB_ID\b|\{SLURM_JOB_ID\})", "${SLURM_JOB_ID:?}", job.stage)
         lines.append(f'srun --ntasks={work.nodes} --ntasks-per-node=1 rm -rf -- "{stage}"')
     if work.runs:
-        decide = f'{python(job)} -P -m launch.account "$run" --code "$code"'
+        # srun says how the last rank was ended, be it by the end of the first; what they wrote down is the truth.
+        lines += [f'told=$({python(job)} -P -m launch.account "$run" --code "$code"); again=$?', "code=${told:-$code}"]
         task = "${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID" if many else "$SLURM_JOB_ID"
         array, number = ('--array="$SLURM_ARRAY_TASK_ID" ', "_$SLURM_ARRAY_TASK_ID") if many else ("", "")
-        lines += {"requeue": [f"if {decide}; then", f'  scontrol requeue "{task}" && sleep 60', "fi"],
-                  "submit": [f"if {decide}; then",
+        lines += {"requeue": [IF_AGAIN, f'  scontrol requeue "{task}" && sleep 60', "fi"],
+                  "submit": [IF_AGAIN,
                              f'  cp "$0" "$run/launch/next.sh"; words=(--parsable {array}"$run/launch/next.sh")',
                              "  next=$(unset $(compgen -v SLURM_ | grep -vx SLURM_CONF); sbatch \"${words[@]}\") &&",
                              f'    echo "${{next%%;*}}{number}" >> "$run/launch/{JOBS}" ||',
                              '    echo "the next job could not be submitted; do it yourself: sbatch ${words[*]}" >&2',
                              "fi"],
-                  "never": [f"{decide} && echo 'again=never: submit it again to go on' >&2"]}[job.again]
+                  "never": [IF_AGAIN, "  echo 'again=never: submit it again to go on' >&2", "fi"]}[job.again]
     return [*lines, 'exit "$code"']
 
 

@@ -165,10 +165,16 @@ class LaunchFailed(RuntimeError):
 
 def _submit(asked: Asked, say: Say, check: Check) -> int:
     """On a cluster."""
-    works = {"train": _trains, "shard": _shards, "eval": _evals, "bench": _scales}[asked.verb](asked, check)
-    if "unchecked" not in asked.switches and (broken := list(dict.fromkeys(
-            words for work in works for words in slurm.refused(asked.job, work)))):
-        raise ConfigError(broken)
+    works = {"train": _trains, "shard": _shards, "eval": _evals, "bench": _scales}[asked.verb](asked)
+    if "unchecked" not in asked.switches:
+        if broken := list(dict.fromkeys(words for work in works for words in slurm.refused(asked.job, work))):
+            raise ConfigError(broken)
+        for work in works:
+            for verb, recipe, *words in work.commands:
+                if verb == "train" or (verb == "bench" and not Path(recipe).is_dir()):
+                    plain = [word for word in words if not word.startswith("-") and "$" not in word]
+                    check([recipe, *plain], work.nodes * work.ranks,
+                          [word.removeprefix(ALLOW) for word in words if word.startswith(ALLOW)])
     if "print" in asked.switches:
         for work in works:
             say(slurm.script(asked.job, work).rstrip())
@@ -216,23 +222,20 @@ def _subject(work: slurm.Work) -> Path:
     return work.folder.with_suffix("") if work.folder.suffix == ".launch" else work.folder.parent
 
 
-def _trains(asked: Asked, check: Check) -> list[slurm.Work]:
+def _trains(asked: Asked) -> list[slurm.Work]:
     job: Cluster = asked.job
     commands, runs = [], []
     for words in _swept(asked):
-        runs.append(_checked(asked, words, job.nodes * job.tasks, check).run)
+        runs.append(_shared(words, job.nodes * job.tasks).run)
         commands.append(["train", *_told(job, words)])
     home = runs[0] if len(runs) == 1 else runs[0].parent
     return [slurm.Work(home.name, home / "launch", commands, runs, job.nodes, job.tasks, job.gpus)]
 
 
-def _checked(asked: Asked, words: list[str], world: int, check: Check) -> config.Train:
-    """The settings of a run that so many ranks can do."""
-    plain = [word for word in words[1:] if not word.startswith("-")]
-    settings = config.load(config.Train, words[0], plain)
+def _shared(words: list[str], world: int) -> config.Train:
+    """The settings of a run whose batch so many ranks can share."""
+    settings = config.load(config.Train, words[0], [word for word in words[1:] if not word.startswith("-")])
     config.rank_batch(settings, world)
-    if "unchecked" not in asked.switches:
-        check([words[0], *plain], world, [word.partition("=")[2] for word in words if word.startswith(ALLOW)])
     return settings
 
 
@@ -244,7 +247,7 @@ def _told(job: Cluster, words: list[str]) -> list[str]:
     return [*words, *(f"{name}={value}" for name, value in adds.items() if value and name not in typed)]
 
 
-def _shards(asked: Asked, _: Check) -> list[slurm.Work]:
+def _shards(asked: Asked) -> list[slurm.Work]:
     from shards import catalogue
     from shards.settings import Settings
 
@@ -267,14 +270,14 @@ def _shards(asked: Asked, _: Check) -> list[slurm.Work]:
     return [cut] if job.parts == 1 else [cut, slurm.Work(f"{out.name}-publish", home, [command], after=[out.name])]
 
 
-def _evals(asked: Asked, _: Check) -> list[slurm.Work]:
+def _evals(asked: Asked) -> list[slurm.Work]:
     settings = config.load(config.Eval, asked.words[0], asked.overrides)
     out = settings.out or settings.encoder.parent / "eval"
     name = f"{settings.encoder.absolute().parent.name}-{settings.protocol}"
     return [slurm.Work(name, out / "launch", [["eval", *asked.words]], gpus=min(1, asked.job.gpus))]
 
 
-def _scales(asked: Asked, check: Check) -> list[slurm.Work]:
+def _scales(asked: Asked) -> list[slurm.Work]:
     """A run for each number of nodes, each node with as many tiles a step, one after the other as they would share a
     disk; and the table of them."""
     job: Cluster = asked.job
@@ -287,7 +290,7 @@ def _scales(asked: Asked, check: Check) -> list[slurm.Work]:
     typed = [word for word in asked.words if not word.startswith(("run=", "data.batch="))]
     for nodes in asked.sizes:
         words = [*typed, f"run={base.run / f'nodes-{nodes}'}", f"data.batch={base.data.batch * nodes}"]
-        _checked(asked, words, nodes * job.tasks, check)
+        _shared(words, nodes * job.tasks)
         works.append(slurm.Work(f"{base.run.name}-{nodes}", base.run / "launch", [["bench", *_told(job, words)]], [],
                                 nodes, job.tasks, job.gpus, [each.name for each in works[-1:]], well=False))
     return [*works, slurm.Work(f"{base.run.name}-table", base.run / "launch", [["bench", str(base.run)]],

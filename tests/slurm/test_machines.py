@@ -19,7 +19,7 @@ drill = runpy.run_path(str(ROOT / "tests" / "drill.py"))
 STEPS = 24
 NAMES = ("ssl-dist-1", "ssl-dist-2", "ssl-dist-3")
 
-pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900),
+pytestmark = [pytest.mark.faults, pytest.mark.timeout(900),
               pytest.mark.skipif(os.geteuid() != 0, reason="only root can make networks")]
 
 
@@ -51,11 +51,12 @@ def machines() -> Iterator[tuple[str, ...]]:
 
 
 def start(name: str, run: Path, shard: Path, nodes: str, *more: str) -> subprocess.Popen[str]:
-    """`ssl-dist launch local` on one machine, whose name the others do not know."""
+    """`ssl-dist launch local` on one machine of one core, whose name the others do not know."""
+    core = sorted(os.sched_getaffinity(0))[NAMES.index(name) % len(os.sched_getaffinity(0))]
     words = drill["words"](run, shard, f"steps={STEPS}", *more)
     return subprocess.Popen(
-        ["ip", "netns", "exec", name, "unshare", "-u", "sh", "-c", f"hostname {name}; exec \"$@\"", "sh",
-         sys.executable, "-m", "ssl_dist", "launch", "local", "--nodes", nodes, "--rendezvous",
+        ["ip", "netns", "exec", name, "taskset", "-c", str(core), "unshare", "-u", "sh", "-c",
+         f"hostname {name}; exec \"$@\"", "sh", sys.executable, "-m", "ssl_dist", "launch", "local", "--nodes", nodes, "--rendezvous",
          "10.78.0.1:29400", "ranks=1", "--", "train", *words],
         text=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True,
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})

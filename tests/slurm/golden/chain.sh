@@ -28,7 +28,9 @@ srun --unbuffered --output HERE/runs/first/launch/%j_%t_log.out --error HERE/run
 
 # teardown
 code=$?
-if PYTHON -P -m launch.account "$run" --code "$code"; then
+told=$(PYTHON -P -m launch.account "$run" --code "$code"); again=$?
+code=${told:-$code}
+if [ "$again" = 0 ]; then
   cp "$0" "$run/launch/next.sh"; words=(--parsable "$run/launch/next.sh")
   next=$(unset $(compgen -v SLURM_ | grep -vx SLURM_CONF); sbatch "${words[@]}") &&
     echo "${next%%;*}" >> "$run/launch/jobs" ||

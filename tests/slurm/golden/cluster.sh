@@ -28,7 +28,9 @@ srun --unbuffered --output HERE/runs/first/launch/%j_%t_log.out --error HERE/run
 
 # teardown
 code=$?
-if PYTHON -P -m launch.account "$run" --code "$code"; then
+told=$(PYTHON -P -m launch.account "$run" --code "$code"); again=$?
+code=${told:-$code}
+if [ "$again" = 0 ]; then
   scontrol requeue "$SLURM_JOB_ID" && sleep 60
 fi
 exit "$code"

@@ -36,8 +36,10 @@ srun --unbuffered --output HERE/runs/dino/launch/%A_%a_%t_log.out --error HERE/r
 
 # teardown
 code=$?
-srun --ntasks=4 --ntasks-per-node=1 rm -rf -- "/tmp/$SLURM_JOB_ID"
-if PYTHON -P -m launch.account "$run" --code "$code"; then
+srun --ntasks=4 --ntasks-per-node=1 rm -rf -- "/tmp/${SLURM_JOB_ID:?}"
+told=$(PYTHON -P -m launch.account "$run" --code "$code"); again=$?
+code=${told:-$code}
+if [ "$again" = 0 ]; then
   scontrol requeue "${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID" && sleep 60
 fi
 exit "$code"
