@@ -56,8 +56,8 @@ def start(name: str, run: Path, shard: Path, nodes: str, *more: str) -> subproce
     words = drill["words"](run, shard, f"steps={STEPS}", *more)
     return subprocess.Popen(
         ["ip", "netns", "exec", name, "taskset", "-c", str(core), "unshare", "-u", "sh", "-c",
-         f"hostname {name}; exec \"$@\"", "sh", sys.executable, "-m", "ssl_dist", "launch", "local", "--nodes", nodes, "--rendezvous",
-         "10.78.0.1:29400", "ranks=1", "--", "train", *words],
+         f"hostname {name}; exec \"$@\"", "sh", sys.executable, "-m", "ssl_dist", "launch", "local", "--nodes", nodes,
+         "--rendezvous", "10.78.0.1:29400", "ranks=1", "--", "train", *words],
         text=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True,
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
 
