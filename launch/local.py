@@ -12,6 +12,7 @@ import sys
 import time
 import uuid
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 from launch import account
@@ -20,6 +21,7 @@ from launch.rank import LAUNCH, MEETING
 
 ELSEWHERE = "192.0.2.1", 9      # an address of nobody's, beyond every router
 SIOCGIFADDR = 0x8915        # asks Linux for an interface's address
+LINGER = 15         # seconds that torchrun may take to end after its ranks
 CPU_RANKS = 2       # enough to be distributed, few enough for a laptop
 
 # torchrun answers every failed rank with a page of its own traceback, below which the rank's one line is lost.
@@ -131,7 +133,9 @@ def run(job: Local, arguments: list[str], run_folder: Path) -> int:
         environment.setdefault("GLOO_SOCKET_IFNAME", name)
         environment.setdefault("NCCL_SOCKET_IFNAME", name)
     launch = environment[LAUNCH] = uuid.uuid4().hex
-    code = _wait(subprocess.Popen(command(job, arguments, debug="--debug" in arguments), env=environment))
+    least, most = job.least_most
+    code = _wait(subprocess.Popen(command(job, arguments, debug="--debug" in arguments), env=environment),
+                 lambda: 1 < most == least and account.code(run_folder, launch) is not None)
     if code < 0:        # torchrun was killed; its ranks are asked to stop, and have half a minute as under it
         code = 128 - code
         for _ in range(300):
@@ -141,8 +145,9 @@ def run(job: Local, arguments: list[str], run_folder: Path) -> int:
     return account.settle(run_folder, launch, code) if code else 0
 
 
-def _wait(torchrun: subprocess.Popen) -> int:
-    """Waits for torchrun, and passes on what we are asked: it gives the ranks half a minute to save."""
+def _wait(torchrun: subprocess.Popen, over: Callable[[], bool]) -> int:
+    """Waits for torchrun, and passes on what we are asked: it gives the ranks half a minute to save. Once all is over
+    and its ranks are gone, torchrun may go on asking for other machines for minutes; it is not waited for."""
 
     def pass_on(number: int, _: object) -> None:
         # At a terminal Ctrl-C reaches the whole group, torchrun too; said twice it would end at once.
@@ -151,10 +156,24 @@ def _wait(torchrun: subprocess.Popen) -> int:
 
     before = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)}
     try:
+        alone = 0
+        while alone < LINGER:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                return torchrun.wait(1)
+            alone = alone + 1 if over() and not _children(torchrun.pid) else 0
+        torchrun.kill()
         return torchrun.wait()
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _children(process: int) -> list[str]:
+    found: list[str] = []
+    for task in Path(f"/proc/{process}/task").glob("*/children"):
+        with contextlib.suppress(OSError):
+            found += task.read_text().split()
+    return found
 
 
 def _claim(port: int) -> None:

@@ -99,6 +99,18 @@ def test_tasks_of_a_node_are_counted_as_plain_lists_count_them() -> None:
                 "LOCAL_WORLD_SIZE"] == str(count)
 
 
+def test_a_rank_takes_the_cores_that_slurm_gave_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ssl_dist import dist
+
+    here = len(os.sched_getaffinity(0))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "64")
+    assert dist.cores() == max(1, here // 64), "a share of all, where nobody said more"
+    monkeypatch.setenv(rank.MEETING, "7.0.0")
+    for given, cores in (("1", 1), (str(here), here), (str(64 * here), here)):      # the last: bound to what it has
+        monkeypatch.setenv("SLURM_CPUS_PER_TASK", given)
+        assert dist.cores() == cores
+
+
 def test_ranks_meet_where_others_listen_on_their_port(tmp_path: Path) -> None:
     """On the first port something that never answers, on the second another job of ours, on the third a chatterbox."""
     program = textwrap.dedent("""

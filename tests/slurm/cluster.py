@@ -153,6 +153,9 @@ def up(folder: Path, *, accounting: bool) -> Cluster:
             _start(pids, folder, "slurmd", "-D", "-f", conf, "-N", f"n{number + 1}", name=f"slurmd-n{number + 1}")
         _wait(lambda: cluster.ask("sinfo", "-h", "-p", "main", "-o", "%t %D", check=False).strip() == f"idle {NODES}",
               "slurmctld", folder)
+    except subprocess.CalledProcessError as error:
+        down(folder)
+        raise NotHere(f"{' '.join(map(str, error.cmd[:3]))} fails: {(error.stderr or b'').decode()[-500:]}") from None
     except BaseException:
         down(folder)
         raise

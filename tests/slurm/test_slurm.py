@@ -35,7 +35,10 @@ SLOW = [drill["fault"]("slow@step.forward:seconds=1.5"), "log.every=1"]
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     folder = tmp_path_factory.mktemp("slurm")
-    found = clusters["up"](folder, accounting=True)
+    try:
+        found = clusters["up"](folder, accounting=True)
+    except clusters["NotHere"] as error:
+        pytest.skip(f"no SLURM comes up here: {error}")
     yield found
     clusters["down"](folder)
 
