@@ -29,7 +29,7 @@ from ssl_dist.config import ConfigError
 
 VERBS = ("train", "shard", "eval", "bench")
 EXAMPLE = "ssl-dist launch local ranks=2 -- train CONFIG key=value …"
-SWITCHES = ("print", "unchecked")
+SWITCHES = ("print", "unchecked", "debug")
 ALLOW = "--allow-change="
 STOPPED = (4, 5, 130)       # exit codes of a run that somebody ended
 
@@ -77,6 +77,8 @@ def parse(where: str, arguments: list[str]) -> Asked:
         job = config.load(Cluster, recipe or "launch/cluster", typed)
     else:
         job = schema.load(Local, None, typed)
+    if "debug" in switches:
+        words.append("--debug")
     while "--allow-change" in words:    # its word is no key=value of the recipe
         place = words.index("--allow-change")
         words[place:place + 2] = ["=".join(words[place:place + 2])]
