@@ -12,7 +12,6 @@ import json
 import os
 import re
 import shlex
-import signal
 import socket
 import sys
 from collections.abc import Callable
@@ -151,6 +150,7 @@ def _here(asked: Asked, say: Say) -> int:
         return 0
     if most == 1:
         lock.free(settings.run)         # a folder in use is refused here, before the ranks start
+    _fresh(settings.run)
     _note(asked, settings.run / "launch", asked.words, [settings.run])
     code = local.run(job, words, settings.run)
     if code == 1:
@@ -197,8 +197,7 @@ def _queue(asked: Asked, works: list[slurm.Work], say: Say) -> None:
     """Submits all jobs, or none: where one is refused, those before it are taken back."""
     for work in works:
         for path in work.runs:
-            for note in (account.STOP, account.FRUITLESS):
-                (path / note).unlink(missing_ok=True)
+            _fresh(path)
         _note(asked, work.folder, asked.words, [run for each in works for run in each.runs])
     done: dict[str, str] = {}
     try:
@@ -218,6 +217,12 @@ def _queue(asked: Asked, works: list[slurm.Work], say: Say) -> None:
             with (home / slurm.JOBS).open("a") as file:
                 file.write(f"{done[work.name]}_{number}\n")
             _note(asked, home, work.commands[number][1:], [path])
+
+
+def _fresh(run: Path) -> None:
+    """Who launches a run again wants it to go on, whatever was said before."""
+    for note in (account.STOP, account.FRUITLESS):
+        (run / note).unlink(missing_ok=True)
 
 
 def _subject(work: slurm.Work) -> Path:
@@ -393,12 +398,9 @@ def cancel(path: Path) -> str:
         slurm.cancel(active, saves=saves)
         return (f"{path}: job {', '.join(state.job for state in active)} is asked to " +
                 ("save and end; `scancel` ends it at once" if saves else "end"))
-    if noted.told["host"] != socket.gethostname():
-        raise NoLaunch(f"{path} was launched on {noted.told['host']}; cancel it there")
-    if not _launcher(noted.told["pid"]):
+    if noted.told["host"] == socket.gethostname() and not _launcher(noted.told["pid"]):
         return f"{path}: its launcher has ended"
-    os.kill(noted.told["pid"], signal.SIGTERM)
-    return f"{path}: process {noted.told['pid']} is asked to end"
+    return f"{path}: its ranks are asked to save and end, within a step"
 
 
 def _launcher(process: int) -> bool:

@@ -22,6 +22,7 @@ import torch
 from PIL import Image
 from rich.console import Console
 
+from launch import account
 from shards import folder
 from ssl_dist import checkpoint, config, dist, export, finite, lock, methods, optim, points, schema, sheet, watch
 from ssl_dist import run as runs
@@ -100,6 +101,8 @@ def train(settings: Train, allowed: Sequence[str] = ()) -> int:
         stack.callback(dist.stop)
         reached["ranks"] = runs.age()
         owner = dist.once(lambda: stack.enter_context(lock.hold(path)))
+        if not os.environ.get(account.LAUNCH):      # who types this wants it to go on, whatever was cancelled before
+            dist.once(lambda: (path / account.STOP).unlink(missing_ok=True))
         runs.log_to(path)
         runs.end_with_launcher()
         try:

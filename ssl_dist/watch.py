@@ -3,6 +3,7 @@
     RUN/alive/rank-00001.json   who this rank is, where it is, and a number that grows while its process lives
     RUN/alive/hang              a rank has waited too long: all write their stacks and end
     RUN/stacks/rank-00001.txt   what every thread of it was doing
+    RUN/launch/stop             somebody cancelled the run: rank 0 takes it for a signal
 
 A thread of its own does this: while the main thread sits in a collective, no signal handler of Python's runs. No clocks
 of two machines are compared: of others, only whether their number grows.
@@ -23,6 +24,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from launch import account
 from shards import folder
 from ssl_dist import points
 
@@ -70,6 +72,8 @@ class Watch:
                 if (self.path / "alive" / "hang").exists():
                     self._end_hung()
                 self._look()
+                if self.rank == 0 and not self._asked and (self.path / account.STOP).exists():
+                    os.kill(os.getpid(), signal.SIGTERM)        # from a machine that can send no signal to this one
             except OSError as error:        # of a disk that refuses for a while nobody dies
                 logger.info("watching: %s", error)
             pause = BEAT if self.rank == 0 or self._asked else self._pause

@@ -47,11 +47,16 @@ def ranks(run: Path) -> dict[int, int]:
     return found
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2])
-def test_a_run_that_is_asked_to_stop_saves_and_says_so(shard: Path, tmp_path: Path, number: signal.Signals) -> None:
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGUSR2, "cancel"])
+def test_a_run_that_is_asked_to_stop_saves_and_says_so(shard: Path, tmp_path: Path, how: signal.Signals | str) -> None:
     run = tmp_path / "run"
     process = start(run, shard)
-    process.send_signal(number)
+    if isinstance(how, str):
+        said = subprocess.run([sys.executable, "-m", "ssl_dist", how, str(run)], capture_output=True, text=True,
+                              check=True, env={**os.environ, "PYTHONPATH": str(ROOT)}).stdout
+        assert "its ranks are asked to save and end" in said
+    else:
+        process.send_signal(how)
     assert process.wait(timeout=60) == 4
     account = json.loads((run / "run.json").read_text())
     assert account["state"] == "preempted" and account["exit_code"] == 4 and account["error"] is None

@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "ssl_dist.collapse": [],
     "ssl_dist.dist": ["ssl_dist.points"],
     "ssl_dist.finite": ["ssl_dist.dist", "ssl_dist.data.batch", "shards.folder"],
-    "ssl_dist.watch": ["ssl_dist.points", "shards.folder"],
+    "ssl_dist.watch": ["ssl_dist.points", "shards.folder", "launch.account"],
     "ssl_dist.status": [],
     "ssl_dist.jobs": ["launch", "ssl_dist.config", "ssl_dist.schema", "ssl_dist.lock", "shards.folder",
                       "shards.catalogue", "shards.settings"],
@@ -52,7 +52,7 @@ MAY_IMPORT = {
     "ssl_dist.demo": ["shards.synthetic", "shards.folder"],
     "ssl_dist.sheet": ["ssl_dist.data"],
     "ssl_dist.bench": ["ssl_dist.config", "ssl_dist.data", "ssl_dist.run", "ssl_dist.schema"],
-    "ssl_dist.train": ["ssl_dist", "shards"],
+    "ssl_dist.train": ["ssl_dist", "shards", "launch.account"],
     "ssl_dist.cli": ["ssl_dist", "shards", "launch"],
     "ssl_dist.__main__": ["ssl_dist.cli"],
 }
