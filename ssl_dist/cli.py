@@ -315,7 +315,7 @@ def bench(what: Annotated[list[str], typer.Argument(
     from shards import folder, index
     from ssl_dist import schema
 
-    if not Path(what[0]).is_dir() or list(Path(what[0]).glob("*/bench.json")):
+    if _is_recipe(what[0]) or list(Path(what[0]).glob("*/bench.json")):
         return _scaling(what)
     folders = [Path(each) for each in what]
     for each in folders:
@@ -334,6 +334,15 @@ def bench(what: Annotated[list[str], typer.Argument(
     if as_json:
         folder.write(as_json, benches.as_json(found) + "\n")
     return 0
+
+
+def _is_recipe(name: str) -> bool:
+    """Whether a word names a recipe, and no folder."""
+    from ssl_dist import config as configs
+
+    with contextlib.suppress(configs.ConfigError):
+        return bool(configs.recipe(name)) and not Path(name).is_dir()
+    return False
 
 
 def _scaling(what: list[str]) -> int:
