@@ -222,8 +222,8 @@ def kills() -> str:
     return "\n".join(lines) + (
         f"\n\n{len(every)} strikes at random times (seed {found['seed']}) on {len({row['run'] for row in every})} runs "
         f"of five methods, {found['world']} ranks, {found['steps']} steps, a checkpoint every two; every run was taken "
-        "up again after each and then left to its end. A process that is stopped can end nothing, so its launcher has "
-        f"to. {found['cpu']}, {found['cpus']} cores, {found['date']}. Plot: "
+        "up again after each and then left to its end. Whoever is stopped can end nothing, and ranks that have not met "
+        f"yet do not know who is missing: those, counted as outliving it, are their launcher's to end. {found['cpu']}, {found['cpus']} cores, {found['date']}. Plot: "
         f"`benchmarks/results/{found['plot']}`.")
 
 
