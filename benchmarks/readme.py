@@ -223,7 +223,8 @@ def kills() -> str:
         f"\n\n{len(every)} strikes at random times (seed {found['seed']}) on {len({row['run'] for row in every})} runs "
         f"of five methods, {found['world']} ranks, {found['steps']} steps, a checkpoint every two; every run was taken "
         "up again after each and then left to its end. Whoever is stopped can end nothing, and ranks that have not met "
-        f"yet do not know who is missing: those, counted as outliving it, are their launcher's to end. {found['cpu']}, {found['cpus']} cores, {found['date']}. Plot: "
+        f"yet do not know who is missing: those, counted as outliving it, are their launcher's to end. "
+        f"{found['cpu']}, {found['cpus']} cores, {found['date']}. Plot: "
         f"`benchmarks/results/{found['plot']}`.")
 
 
