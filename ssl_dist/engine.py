@@ -174,6 +174,7 @@ class Engine:
             self._zero.refresh_fp32_params()
             self._restore_parts(moments)
             return
+        self.optimizer.state.clear()        # of weights that rest in the checkpoint, and had been awake since
         for name, tensor in moments.items():
             parameter, _, key = name.rpartition("|")
             state = self.optimizer.state[own[parameter]]

@@ -1,9 +1,11 @@
 """What a run shows while it goes: metrics.jsonl, TensorBoard, a bar, and the clock behind their figures."""
 
+import contextlib
 import json
 import logging
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -49,7 +51,7 @@ class Log:
         self._jsonl: IO[str] | None = None
         self._board: SummaryWriter | None = None
         self._bar: Progress | None = None
-        self._told = False
+        self._told = self._blank = False
         if dist.rank():
             return
         self._jsonl = (run / "metrics.jsonl").open("a", buffering=1)
@@ -75,12 +77,23 @@ class Log:
             self._jsonl.write(json.dumps({"step": step, **{name: _short(value) for name, value in row.items()}}) + "\n")
         except OSError as error:        # a full disk costs rows, and not the run
             self._lost(error, step)
-        for name, value in row.items():
-            self._board.add_scalar(name, value, step)
+        with self._board_may_be_lost(step):
+            for name, value in row.items():
+                self._board.add_scalar(name, value, step)
         figures = f"loss {row['loss']:.3f}  {row['images_per_second']:.0f} images/s  waiting {row['data_wait']:.0%}"
         self._bar.update(self._task, figures=figures)
         if not self._console.is_terminal:       # a file or a SLURM log: one plain line now and then
             self._console.print(f"step {step}/{self._steps}  {figures}", highlight=False)
+
+    @contextlib.contextmanager
+    def _board_may_be_lost(self, step: int) -> Iterator[None]:
+        """TensorBoard keeps what a full disk told its thread, and raises it at the next call; no run ends by that."""
+        try:
+            yield
+        except OSError as error:
+            if not self._blank:
+                logger.warning("TensorBoard has nothing from step %d on (%s); training goes on", step, error.strerror)
+            self._blank = True
 
     def _lost(self, error: OSError, step: int) -> None:
         if not self._told:
@@ -91,19 +104,23 @@ class Log:
         """A warning for the person, the log file and TensorBoard."""
         if self._board is not None:
             logger.warning("step %d: %s", step, words)
-            self._board.add_text("warnings", words, step)
+            with self._board_may_be_lost(step):
+                self._board.add_text("warnings", words, step)
 
     def picture(self, name: str, pixels_HW3: Any, step: int) -> None:
         """A picture for TensorBoard."""
         if self._board is not None:
-            self._board.add_image(name, pixels_HW3, step, dataformats="HWC")
+            with self._board_may_be_lost(step):
+                self._board.add_image(name, pixels_HW3, step, dataformats="HWC")
 
     def close(self) -> None:
         """Writes out what is buffered."""
         if self._jsonl is not None and self._board is not None and self._bar is not None:
             self._bar.stop()
-            self._board.close()
-            self._jsonl.close()
+            with self._board_may_be_lost(self._steps):
+                self._board.close()
+            with contextlib.suppress(OSError):
+                self._jsonl.close()
 
 
 class Ledger:

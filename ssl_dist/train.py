@@ -103,6 +103,7 @@ def train(settings: Train, allowed: Sequence[str] = ()) -> int:
         owner = dist.once(lambda: stack.enter_context(lock.hold(path)))
         if not os.environ.get(account.LAUNCH):      # who types this wants it to go on, whatever was cancelled before
             dist.once(lambda: (path / account.STOP).unlink(missing_ok=True))
+        dist.once(lambda: runs.forget(path))        # before anybody could take an old rank's last words for a peer's
         runs.log_to(path)
         runs.end_with_launcher()
         try:
@@ -117,7 +118,6 @@ def train(settings: Train, allowed: Sequence[str] = ()) -> int:
             found = checkpoint.agreed(path / "checkpoints")
             if found and _finished(found, identity, settings, path, allowed):
                 return 0
-            dist.once(lambda: runs.forget(path))
             dist.once(lambda: watch.forget(path))
             run = runs.Run(path, settings.steps, device, reached)
             watching = Watch(path, dist.rank(), dist.world(), hang=settings.hang, grace=settings.grace,
@@ -234,6 +234,7 @@ def _loop(own: Parts, step: int, last: int) -> int:
             saver.begin(step, own.kept)
         if ends:
             own.publish(must=True)
+            own.watch.saved = True
             break
     return step
 

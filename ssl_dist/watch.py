@@ -45,6 +45,7 @@ class Watch:
     def __init__(self, path: Path, rank: int, world: int, *, hang: float, grace: float, account: Account):
         self.path, self.rank, self.world, self.hang, self.grace = path, rank, world, hang, grace
         self.settled = False        # the first step is over
+        self.saved = False          # the last checkpoint of this attempt is complete: nothing is lost any more
         self._pause = max(BEAT, world / CROWD)
         self._account, self._beat, self._asked = account, 0, 0.0
         self._closing = False
@@ -67,15 +68,12 @@ class Watch:
 
     def _run(self) -> None:
         while not self._closing:
-            try:
-                self._breathe()
-                if (self.path / "alive" / "hang").exists():
-                    self._end_hung()
-                self._look()
-                if self.rank == 0 and not self._asked and (self.path / account.STOP).exists():
-                    os.kill(os.getpid(), signal.SIGTERM)        # from a machine that can send no signal to this one
-            except OSError as error:        # of a disk that refuses for a while nobody dies
-                logger.info("watching: %s", error)
+            # Each for itself: a disk that refuses a sign of life must not keep a hang from being seen.
+            for look in (self._breathe, self._hangs, self._look, self._cancelled):
+                try:
+                    look()
+                except (OSError, ValueError) as error:      # of a disk that refuses for a while nobody dies
+                    logger.info("watching: %s", error)
             pause = BEAT if self.rank == 0 or self._asked else self._pause
             heard, _, _ = select.select([self._ear], [], [], pause)
             for number in self._ear.recv(64) if heard else b"":
@@ -84,6 +82,14 @@ class Watch:
                     here = points.where()
                     logger.info("%s came while this rank was at %s of step %d", signal.Signals(number).name, here.point,
                                 here.step)
+
+    def _hangs(self) -> None:
+        if (self.path / "alive" / "hang").exists():
+            self._end_hung()
+
+    def _cancelled(self) -> None:
+        if self.rank == 0 and not self._asked and (self.path / account.STOP).exists():
+            os.kill(os.getpid(), signal.SIGTERM)        # from a machine that can send no signal to this one
 
     def _breathe(self) -> None:
         here = points.where()
@@ -99,15 +105,19 @@ class Watch:
         here, now = points.where(), time.monotonic()
         waited, patience = now - here.since, self.hang * (1.0 if self.settled else FIRST)
         if waited > patience:
-            (self.path / "alive" / "hang").touch()
-        if self._asked and now - self._asked > self.grace - BEAT:
+            try:
+                (self.path / "alive" / "hang").touch()
+            except OSError:         # nobody can be told, and nobody is waited for
+                self._end_hung()
+        if self._asked and not self.saved and now - self._asked > self.grace - BEAT:
             self._end(UNSAVED, "preempted", f"asked to stop {now - self._asked:.0f} s ago, and rank {self.rank} is "
                       f"still at {here.point} of step {here.step}: grace={self.grace:g} runs out, and nothing after "
                       "the last checkpoint is saved")
 
     def _end_hung(self) -> None:
         """Writes this rank's stacks, finds out who keeps the others waiting, and ends."""
-        with (folder.make(self.path / "stacks") / f"rank-{self.rank:05d}.txt").open("w") as file:
+        with contextlib.suppress(OSError), (folder.make(self.path / "stacks") / f"rank-{self.rank:05d}.txt").open(
+                "w") as file:
             here = points.where()
             file.write(f"rank {self.rank} on {socket.gethostname()}, at {here.point} of step {here.step} for "
                        f"{time.monotonic() - here.since:.0f} s\n\n")
@@ -116,17 +126,22 @@ class Watch:
         before = alive(self.path)
         for _ in range(3):
             time.sleep(self._pause)
-            self._breathe()
+            with contextlib.suppress(OSError):
+                self._breathe()
         self._end(HANG, "failed", f"{blame(before, alive(self.path), self.world)}; stacks: {self.path / 'stacks'}. Run "
                   "the same command again to resume from the last checkpoint")
 
     def _end(self, code: int, state: str, sentence: str) -> None:
-        self._account(state, code, sentence)
-        if self.rank == 0:
-            sys.stderr.write(f"ssl-dist: error: {sentence}\n")
-        logger.error("%s", sentence)
-        logging.shutdown()
-        os._exit(code)      # the main thread will not come back
+        try:
+            self._account(state, code, sentence)
+        except Exception as error:      # whatever the disk holds or refuses, this rank ends
+            logger.info("watching: %s", error)
+        finally:
+            if self.rank == 0:
+                sys.stderr.write(f"ssl-dist: error: {sentence}\n")
+            logger.error("%s", sentence)
+            logging.shutdown()
+            os._exit(code)      # the main thread will not come back
 
 
 class Joining:
