@@ -17,7 +17,7 @@ from PIL import Image
 
 from ssl_dist.report import chart, collect, page
 
-HOSTILE = "<script>alert('x')</script><img src=x onerror=alert(1)>\"'&{{ 7 * 7 }}"
+HOSTILE = "<script>alert('x')</script><img src=x onerror=alert(1)>\"'&{{ 7919 * 7907 }}"
 VOID = {"meta", "br", "img", "hr", "input", "link"}
 
 
@@ -288,7 +288,7 @@ def test_hostile_strings_are_only_text(tmp_path: Path, losses: dict[int, float])
     (other / "config.yaml").write_text(json.dumps({HOSTILE: HOSTILE}))
     for said in (read(folder), read(folder, other)):
         assert HOSTILE in said.text, "the string is to be read as it is"
-        assert "49" not in said.text.replace("{{ 7 * 7 }}", ""), "a string from disk was run as a template"
+        assert "62615533" not in said.text.replace("{{ 7919 * 7907 }}", ""), "a string from disk was run as a template"
         for tag, attributes in said.tags:
             assert tag not in ("script", "b") or not attributes
             assert tag != "script"
