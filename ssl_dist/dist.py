@@ -16,6 +16,7 @@ import torch
 import torch.distributed as c10d
 from torch import Tensor
 
+from launch.rank import MEETING
 from ssl_dist import points
 
 
@@ -37,7 +38,6 @@ PATIENCE = timedelta(minutes=10)        # with a rank that does not answer
 _patience = PATIENCE
 TRIES = 16              # ports, where others may listen on some
 MEET = 600.0            # seconds for all ranks to have started, where each is started by itself
-MEETING = "SSL_DIST_MEETING"        # the attempt whose ranks these are, where nobody else vouches for the port
 
 
 def start(device: torch.device, patience: timedelta = PATIENCE) -> None:

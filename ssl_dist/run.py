@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from launch.rank import LAUNCH
 from shards import folder
 from ssl_dist import dist, watch
 
@@ -25,8 +26,6 @@ logger = logging.getLogger(__name__)
 
 HEARTBEAT = 10.0        # seconds between two signs of life in run.json
 PATIENCE = 5            # seconds that a survivor waits for rank 0's word; torchrun leaves it thirty
-
-LAUNCH = "SSL_DIST_LAUNCH"     # the launcher's name for this attempt, by which it finds what became of it
 
 # What gloo and NCCL say where the other end is gone.
 LOST = ("connection closed", "connection reset", "connection refused", "broken pipe", "remote process exited", "socket")

@@ -71,7 +71,7 @@ class Parts:
     def publish(self, *, must: bool = False) -> None:
         """The checkpoint that is being written is complete, on all ranks."""
         if found := self.saver.publish(must=must):
-            self.run.saved(checkpoint.state(found)["step"])
+            self.run.saved(int(found.name.rpartition("-")[2]))
 
     @property
     def left_out(self) -> list[int]:
@@ -101,7 +101,7 @@ def train(settings: Train, allowed: Sequence[str] = ()) -> int:
         stack.callback(dist.stop)
         reached["ranks"] = runs.age()
         owner = dist.once(lambda: stack.enter_context(lock.hold(path)))
-        if not os.environ.get(account.LAUNCH):      # who types this wants it to go on, whatever was cancelled before
+        if not os.environ.get(runs.LAUNCH):      # who types this wants it to go on, whatever was cancelled before
             dist.once(lambda: (path / account.STOP).unlink(missing_ok=True))
         dist.once(lambda: runs.forget(path))        # before anybody could take an old rank's last words for a peer's
         runs.log_to(path)
