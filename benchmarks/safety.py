@@ -27,7 +27,7 @@ import measure
 import numpy as np
 import torch
 
-from ssl_dist import checkpoint, config, dist, finite, optim, points, watch
+from ssl_dist import checkpoint, config, dist, finite, lock, optim, points, watch
 from ssl_dist.config import Optim, Train
 from ssl_dist.data.batch import Batch, View
 from ssl_dist.data.reader import Reader
@@ -53,8 +53,10 @@ class Loop:
         settings = Train(run=folder, data=config.Data(shards=[], batch=told.batch), method={}, steps=1)
         self.engine = Engine(self.method, optim.build(self.method, Optim()), config.deepspeed(settings, 1), self.cpu)
         self.spent = dict.fromkeys(PIECES, 0.0)
-        self.statistics, self.ledger = finite.Statistics(self.method), Ledger(folder, reader)
-        self.saver = checkpoint.Saver(folder / "checkpoints", self.engine, config.Checkpoint())
+        self.owner = lock.Owner(folder, "benchmark")
+        self.owner.write()
+        self.statistics, self.ledger = finite.Statistics(self.method), Ledger(folder, reader, self.owner.check)
+        self.saver = checkpoint.Saver(folder / "checkpoints", self.engine, config.Checkpoint(), self.owner.check)
         numbers, rows = np.random.default_rng(0), reader.all_rows()
         self.rows = [np.sort(numbers.choice(rows, told.batch, replace=False)) for _ in range(4)]
         self.encoded = [reader.read(rows) for rows in self.rows]
@@ -99,7 +101,8 @@ class Loop:
 
     def turn(self, steps: int, *, saved: bool) -> dict[str, float]:
         """Seconds of so many steps, and of the pieces in them."""
-        one = watch.Watch(self.folder, 0, 1, hang=600, grace=25, account=lambda *_: None)
+        one = watch.Watch(self.folder, 0, 1, hang=600, grace=25, owner=self.owner,
+                          account=lambda *_: None)
         for number in range(2):
             self.step(number)
         self.spent = dict.fromkeys(PIECES, 0.0)

@@ -5,6 +5,7 @@ lists them with size and digest in MANIFEST.json and renames the folder to the n
 safetensors: nothing here can run.
 """
 
+import errno
 import hashlib
 import json
 import logging
@@ -50,7 +51,7 @@ class Saver:
         self._failure: Exception | None = None
         self._failures = 0              # in a row
         self._begun = time.monotonic()
-        self._sound: set[int] = set()   # steps whose files this process has written or read
+        self._sound: set[int] = set()   # older steps whose files were read beside this save, and hold what they say
 
     def due(self) -> bool:
         """Whether so much time has passed that a checkpoint is wanted at any step; of rank 0's clock."""
@@ -97,8 +98,8 @@ class Saver:
         return self.root / f".{name(self._step)}.tmp"
 
     def _prepare(self) -> None:
-        self.check()
         try:
+            self.check()
             shutil.rmtree(self._draft, ignore_errors=True)
             folder.make(self._draft)
         except OSError as error:
@@ -113,6 +114,11 @@ class Saver:
                 points.at_side("save.file", self._step, self._draft / file)
                 folder.write(self._draft / file, data)
                 self._files.append({"name": file, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()})
+            for told in self._files:        # an older one goes because this one is good: so look
+                if problem := _wrong(self._draft, told["name"], told["bytes"], told["sha256"], afresh=True):
+                    raise StorageError(errno.EIO, f"{problem} as soon as it was written")
+            if dist.rank() == 0:
+                self._reread()
         except Exception as error:      # of a thread; `publish` tells it to all
             self._failure = error
 
@@ -153,8 +159,8 @@ class Saver:
     def _publish(self, files: list[dict[str, Any]]) -> OSError | None:
         """Rank 0: the list of files, and then the name. A disk that refuses is told to all."""
         draft, final = self._draft, self.root / name(self._step)
-        self.check()
         try:
+            self.check()
             points.at("save.manifest", self._step, draft / "MANIFEST.json")
             folder.write_json(draft / "MANIFEST.json", {"format": FORMAT, "step": self._step, "world": dist.world(),
                                                         "files": files})
@@ -163,7 +169,6 @@ class Saver:
             folder.publish(draft, final)
         except OSError as error:
             return error
-        self._sound.add(self._step)
         points.at("save.keep", self._step, final / "weights.safetensors")
         self._retire()
         return None
@@ -177,9 +182,15 @@ class Saver:
             if number >= self.told.keep and sound >= 2:
                 if not (self.told.keep_every and step % self.told.keep_every == 0):
                     shutil.rmtree(self.root / name(step), ignore_errors=True)
-            elif step in self._sound or not verify(self.root / name(step)):
+            elif sound < 2:
+                sound += step == self._step or step in self._sound or not verify(self.root / name(step))
+
+    def _reread(self) -> None:
+        """Looks for one older checkpoint that is still good, here where nobody waits."""
+        self._sound.clear()
+        for step in steps(self.root):
+            if step < self._step and not self._sound and not verify(self.root / name(step)):
                 self._sound.add(step)
-                sound += 1
 
     def _need(self) -> int:
         """Bytes of a checkpoint, nearly: a weight has two moments, and every rank buffers of its own."""
@@ -246,19 +257,24 @@ def verify(path: Path) -> list[str]:
         return [f"MANIFEST.json cannot be read ({error})"]
     problems = [f"MANIFEST.json does not list {file}" for file in (*ALWAYS, "rank-00000.safetensors")
                 if file not in [each for each, _, _ in listed]]
-    for file, size, sha256 in listed:
-        if not (path / file).is_file():
-            problems.append(f"{file} is missing")
-        elif (path / file).stat().st_size != size:
-            problems.append(f"{file} has {(path / file).stat().st_size} bytes, should have {size}")
-        else:
-            try:
-                with (path / file).open("rb") as handle:
-                    if hashlib.file_digest(handle, "sha256").hexdigest() != sha256:
-                        problems.append(f"{file} changed on disk")
-            except OSError as error:        # a bad sector must not hide the checkpoint before this one
-                problems.append(f"{file} cannot be read ({error.strerror})")
-    return problems
+    return problems + [problem for told in listed if (problem := _wrong(path, *told))]
+
+
+def _wrong(path: Path, file: str, size: int, sha256: str, *, afresh: bool = False) -> str:
+    """What is wrong with a file; `afresh`: by what the disk holds, as far as it can be asked, and not the memory."""
+    if not (path / file).is_file():
+        return f"{file} is missing"
+    if (path / file).stat().st_size != size:
+        return f"{file} has {(path / file).stat().st_size} bytes, should have {size}"
+    try:
+        with (path / file).open("rb") as handle:
+            if afresh:
+                os.posix_fadvise(handle.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            if hashlib.file_digest(handle, "sha256").hexdigest() != sha256:
+                return f"{file} changed on disk"
+    except OSError as error:        # a bad sector must not hide the checkpoint before this one
+        return f"{file} cannot be read ({error.strerror})"
+    return ""
 
 
 def state(path: Path) -> dict[str, Any]:

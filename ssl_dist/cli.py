@@ -628,7 +628,8 @@ def export(run: Annotated[Path, typer.Argument(help="A run folder.")], debug: De
     from ssl_dist import lock
     from ssl_dist import train as trainer
 
-    with lock.hold(run):
+    with lock.hold(run) as owner:
+        owner.alone()
         say(str(trainer.from_checkpoint(config.load_train(str(path), [f"run={run}"]), run)))
 
 

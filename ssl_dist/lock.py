@@ -2,7 +2,8 @@
 
 The kernel's lock decides between processes of one machine, and is gone with its holder. Where another machine was the
 last to write, it is watched until its signs of life (watch.py) prove it dead: they do not grow any more. Clocks are not
-asked, nor is the age of a file. Whoever was taken for dead and wakes up finds another's token, and ends.
+asked, nor is the age of a file. Whoever was taken for dead and wakes up finds another's token, and ends: every rank
+looks for its own with each sign of life that it gives, and rank 0 before whatever it writes.
 """
 
 import contextlib
@@ -14,57 +15,71 @@ import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from shards import folder
 from shards.folder import FolderInUse
-from ssl_dist import watch
 
 logger = logging.getLogger(__name__)
 
-SILENCE = 10 * watch.BEAT       # without a sign of life, and its writer is dead; NFS may show one seconds late
+BEAT = 2.0              # seconds between two signs of life
+SILENCE = 10 * BEAT     # without a sign of life, and its writer is dead; NFS may show one seconds late
 SHARED = ("nfs", "lustre", "gpfs", "beegfs", "ceph", "cifs", "smb", "fuse", "9p", "glusterfs", "panfs", "wekafs")
 
 
 class Owner:
-    """Who holds a run folder now: this process, as long as its token is there."""
+    """An attempt that holds a run folder, as long as its token is there. Each of its ranks has one."""
 
-    def __init__(self, path: Path):
-        self.path, self.token = path / "alive" / "owner.json", uuid.uuid4().hex
+    def __init__(self, path: Path, token: str):
+        self.path, self.token = path / "alive" / "owner.json", token
+        self._since, self._seen = time.monotonic(), False
 
-    def write(self) -> None:
-        """Puts our token there."""
+    def write(self, *, left: bool = False) -> None:
+        """Puts our token there; once more when all is over, for it stays: what is not there, somebody took away."""
         folder.make(self.path.parent)
         folder.write_json(self.path, {"token": self.token, "host": socket.gethostname(), "boot": _boot(),
-                                      "pid": os.getpid(), "job": os.environ.get("SLURM_JOB_ID", "")})
+                                      "pid": os.getpid(), "job": os.environ.get("SLURM_JOB_ID", ""), "left": left})
+        self._seen = True
 
     def check(self) -> None:
-        """Refuses to go on where another took the folder over."""
-        if (told := _owner(self.path)).get("token") != self.token:
-            raise FolderInUse(f"{self.path.parent.parent} was taken over by {_words(told)} while this process gave no "
-                              "sign of life; it ends, and has written nothing since")
+        """Refuses to go on where another took the folder over; a disk that does not answer raises what it says.
 
-    def leave(self) -> None:
-        """Takes our token away."""
-        if _owner(self.path).get("token") == self.token:
-            self.path.unlink(missing_ok=True)
+        Until this machine has seen the token once it may see what was there before: NFS shows things late.
+        """
+        try:
+            told = _told(self.path.read_text())
+        except FileNotFoundError:
+            told = {}
+        if told.get("token") == self.token:
+            self._seen = True
+        elif self._seen:
+            raise FolderInUse(f"{self.path.parent.parent} was taken over by {_words(told)} while this process gave no "
+                              "sign of life; it ends, and leaves the folder as it is" if told else
+                              f"{self.path} is gone: whoever took it away, or removed the folder and made it anew, may "
+                              "write there now; this process ends")
+
+    def alone(self) -> None:
+        """Waits, where locks may not reach all who see the folder, until of two who came at once one has gone."""
+        if _shared(self.path.parent):
+            time.sleep(max(0.0, self._since + 2 * BEAT - time.monotonic()))
+        self.check()
 
 
 @contextlib.contextmanager
 def hold(path: Path) -> Iterator[Owner]:
-    """The only writer of a run folder while the block runs."""
+    """The only writer of a run folder while the block runs; `Owner.alone` says from when on."""
     with folder.hold(path, "run.lock"):
-        owner = Owner(path)
-        before = _owner(owner.path)
-        if before and (before["host"], before["boot"]) != (socket.gethostname(), _boot()):
+        before = _owner(path / "alive" / "owner.json")
+        if before and not before.get("left") and (before["host"], before["boot"]) != (socket.gethostname(), _boot()):
             _prove_dead(path, _words(before))
+        owner = Owner(path, uuid.uuid4().hex)
         owner.write()
-        if _shared(path):       # where locks may not reach, two may have come this far: the last token stays
-            time.sleep(2 * watch.BEAT)
-            owner.check()
         try:
             yield owner
         finally:
-            owner.leave()
+            with contextlib.suppress(OSError, FolderInUse):
+                owner.check()
+                owner.write(left=True)
 
 
 def free(path: Path) -> None:
@@ -76,29 +91,39 @@ def free(path: Path) -> None:
 def _prove_dead(path: Path, who: str) -> None:
     """Waits for a sign of life of another machine's writer, and refuses if there is one."""
     logger.warning("%s was last written by %s; watching for %.0f s whether it lives", path, who, SILENCE)
-    before, until = _beats(path), time.monotonic() + SILENCE
+    before, until = _signs(path), time.monotonic() + SILENCE
     while time.monotonic() < until:
-        time.sleep(watch.BEAT / 2)
-        if _beats(path) != before:
+        time.sleep(BEAT / 2)
+        if _signs(path) != before:
             raise FolderInUse(f"{path} is being written by {who}; wait for it, stop it, or choose another folder")
     logger.warning("%s gives no sign of life; its folder %s is taken over", who, path)
 
 
-def _beats(path: Path) -> dict[int, int]:
+def _signs(path: Path) -> dict[str, str]:
+    found = {}
     with contextlib.suppress(OSError):
-        list((path / "alive").iterdir())        # NFS looks anew at what is listed
-    return {rank: told["beat"] for rank, told in watch.alive(path).items()}
+        for file in (path / "alive").iterdir():     # NFS looks anew at what is listed
+            if file.match("rank-*.json"):
+                found[file.name] = file.read_text()
+    return found
 
 
-def _owner(path: Path) -> dict[str, str]:
+def _owner(path: Path) -> dict[str, Any]:
     try:
-        told = json.loads(path.read_text())
-        return told if {"token", "host", "boot", "pid"} <= told.keys() else {}
-    except (OSError, ValueError, AttributeError):
+        return _told(path.read_text())
+    except OSError:
         return {}
 
 
-def _words(told: dict[str, str]) -> str:
+def _told(content: str) -> dict[str, Any]:
+    try:
+        told = json.loads(content)
+        return told if {"token", "host", "boot", "pid"} <= told.keys() else {}
+    except (ValueError, AttributeError):
+        return {}
+
+
+def _words(told: dict[str, Any]) -> str:
     job = f", job {told['job']}" if told.get("job") else ""
     return f"process {told.get('pid', '?')} on {told.get('host', '?')}{job}"
 

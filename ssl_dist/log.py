@@ -5,7 +5,7 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -47,15 +47,18 @@ class Clock:
 class Log:
     """Rank 0's record of a run; on other ranks every call does nothing."""
 
-    def __init__(self, run: Path, steps: int, start: int):
+    def __init__(self, run: Path, steps: int, start: int, check: Callable[[], None] = lambda: None):
+        """`start`: steps that are done. `check` refuses to write where the folder is no longer ours."""
         self._jsonl: IO[str] | None = None
         self._board: SummaryWriter | None = None
         self._bar: Progress | None = None
         self._told = self._blank = False
+        self._check = check
         if dist.rank():
             return
+        # What a killed attempt wrote beyond its last checkpoint is told and drawn no more.
+        _purge(run / "metrics.jsonl", start)
         self._jsonl = (run / "metrics.jsonl").open("a", buffering=1)
-        # What a killed attempt wrote beyond its last checkpoint is drawn no more.
         self._board = SummaryWriter(str(run / "tb"), purge_step=start + 1 if start else None)
         console = Console(file=sys.stderr)
         self._console, self._steps = console, steps
@@ -74,6 +77,7 @@ class Log:
         if self._jsonl is None or self._board is None or self._bar is None:
             return
         try:
+            self._check()
             self._jsonl.write(json.dumps({"step": step, **{name: _short(value) for name, value in row.items()}}) + "\n")
         except OSError as error:        # a full disk costs rows, and not the run
             self._lost(error, step)
@@ -126,16 +130,36 @@ class Log:
 class Ledger:
     """Every sample this rank saw, a line each: what proves that a resumed run missed nothing."""
 
-    def __init__(self, path: Path, reader: Reader):
-        self._reader = reader
+    def __init__(self, path: Path, reader: Reader, check: Callable[[], None] = lambda: None):
+        self._reader, self._check = reader, check
         self._file = folder.make(path / "ledger") / f"rank-{dist.rank():05d}.jsonl"
 
     def write(self, step: int, batch: Batch) -> None:
         """The samples of one step."""
+        self._check()
         keys = self._reader.column("key", batch.rows)
         with self._file.open("a") as handle:
             handle.writelines(json.dumps({"step": step, "position": position, "key": key}) + "\n"
                               for position, key in zip(batch.positions.tolist(), keys, strict=True))
+
+
+def _purge(path: Path, start: int) -> None:
+    """Takes out the rows of steps after `start`, and what a full disk or a kill left torn."""
+    with contextlib.suppress(FileNotFoundError):
+        lines = path.read_text(errors="replace").splitlines(keepends=True)
+        kept = [line for line in lines if _step(line) <= start]
+        if kept != lines:
+            try:
+                folder.write(path, "".join(kept))
+            except OSError as error:        # a full disk costs order, and not the run
+                logger.warning("%s still has rows of steps after %d: %s", path, start, error)
+
+
+def _step(line: str) -> float:
+    try:
+        return int(json.loads(line)["step"]) if line.endswith("\n") else float("inf")
+    except (ValueError, KeyError, TypeError):
+        return float("inf")
 
 
 def _short(value: Any) -> Any:

@@ -20,7 +20,8 @@ import torch
 
 from launch.rank import LAUNCH
 from shards import folder
-from ssl_dist import dist, watch
+from shards.folder import FolderInUse
+from ssl_dist import dist, lock, watch
 
 logger = logging.getLogger(__name__)
 
@@ -54,8 +55,8 @@ def now() -> str:
 class Run:
     """run.json of one attempt. Rank 0 writes; on other ranks nothing happens."""
 
-    def __init__(self, path: Path, steps: int, device: torch.device, reached: dict[str, float]):
-        self.path, self._beat, self._speaker = path / "run.json", 0.0, dist.rank() == 0
+    def __init__(self, path: Path, owner: lock.Owner, steps: int, device: torch.device, reached: dict[str, float]):
+        self.path, self.owner, self._beat, self._speaker = path / "run.json", owner, 0.0, dist.rank() == 0
         before = _before(self.path)
         for attempt in before["attempts"]:
             # Whoever did not say goodbye was killed: we hold the lock now, so nobody else is alive.
@@ -65,8 +66,8 @@ class Run:
             "heartbeat": now(), "attempts": before["attempts"] + [{
                 "started": now(), "ended": None, "host": socket.gethostname(), "pid": os.getpid(),
                 "world": dist.world(), "device": str(device.type), "from_step": 0, "to_step": 0, "outcome": None,
-                "launch": os.environ.get(LAUNCH), "job": os.environ.get("SLURM_JOB_ID"), **_machines(),
-                "process": round(time.time() - age(), 2), "seconds_to": dict(reached)}]}
+                "attempt": owner.token, "launch": os.environ.get(LAUNCH), "job": os.environ.get("SLURM_JOB_ID"),
+                **_machines(), "process": round(time.time() - age(), 2), "seconds_to": dict(reached)}]}
         self._write()
 
     def starts_at(self, step: int) -> None:
@@ -107,26 +108,29 @@ class Run:
         """The last word of an attempt that failed; a survivor speaks where rank 0 is the one that died."""
         if isinstance(failure, PeerDied) and dist.rank():
             self._speaker = self._silent()
-        self.ends("failed", getattr(failure, "exit_code", 1), error=f"{type(failure).__name__}: {failure}")
+        with contextlib.suppress(FolderInUse):      # what is told there now is another attempt's story
+            self.ends("failed", getattr(failure, "exit_code", 1), error=f"{type(failure).__name__}: {failure}")
 
     def breaks_off(self, state: str, exit_code: int, error: str) -> None:
         """The last word, said by a thread because the main one is stuck; again by a survivor where rank 0 says none."""
-        with contextlib.suppress(OSError):
-            folder.write_json(folder.make(self.path.parent / "logs") / f"rank-{dist.rank():05d}.exit.json", {
-                "exit_code": exit_code, "error": error, "launch": os.environ.get(LAUNCH)})
+        last_words(self.path.parent, self.owner, exit_code, error)
         if dist.rank():
             self._speaker = self._silent()
-        self.ends(state, exit_code, error=error)
+        with contextlib.suppress(FolderInUse):
+            self.ends(state, exit_code, error=error)
 
     def _silent(self) -> bool:
+        """Whether rank 0 has not said how this attempt ends, and does not in time."""
         for _ in range(PATIENCE * 10):
-            if json.loads(self.path.read_text())["state"] != "running":
+            told = json.loads(self.path.read_text())
+            if told["state"] != "running" or told["attempts"][-1].get("attempt") != self.owner.token:
                 return False
             time.sleep(0.1)
         return True
 
     def _write(self) -> None:
         if self._speaker:
+            self.owner.check()
             self._beat = time.monotonic()
             folder.write_json(self.path, self.content | {"heartbeat": now()})
 
@@ -152,18 +156,17 @@ def _before(path: Path) -> dict[str, Any]:
         return {"attempts": []}
 
 
-def cause(error: BaseException, path: Path) -> BaseException:
+def cause(error: BaseException, path: Path, owner: lock.Owner) -> BaseException:
     """The failure to report: our own, or, where a peer's death broke a collective, the peer's."""
     lost = isinstance(error, RuntimeError) and any(word in str(error).lower() for word in LOST)
     logger.info("ended by %s", error, exc_info=error)        # the whole story for the log; one line goes to the person
     if not lost:
-        with contextlib.suppress(OSError):
-            folder.write_json(folder.make(path / "logs") / f"rank-{dist.rank():05d}.exit.json", {
-                "exit_code": getattr(error, "exit_code", 1), "error": str(error), "launch": os.environ.get(LAUNCH)})
+        last_words(path, owner, getattr(error, "exit_code", 1), str(error))
         return error
     for _ in range(20):         # the peer writes its reason before it goes; give it two seconds
         for other in sorted(path.glob("logs/rank-*.exit.json")):
-            reason = json.loads(other.read_text())
+            if (reason := json.loads(other.read_text())).get("attempt") != owner.token:
+                continue
             failure = PeerDied(f"rank {int(other.name[5:10])} ended: {reason['error']}")
             failure.exit_code = reason["exit_code"] if reason["exit_code"] != 1 else PeerDied.exit_code
             return failure
@@ -171,6 +174,14 @@ def cause(error: BaseException, path: Path) -> BaseException:
     said = str(error).splitlines()[0].partition(" This is typically")[0]
     return PeerDied(f"another rank is gone without a word ({said}); logs: {path / 'logs'}. "
                     "Run the same command again to resume from the last checkpoint")
+
+
+def last_words(path: Path, owner: lock.Owner, exit_code: int, error: str) -> None:
+    """Says beside this rank's log why it ends: for its peers, and for whoever started it."""
+    with contextlib.suppress(OSError, FolderInUse):
+        owner.check()
+        folder.write_json(folder.make(path / "logs") / f"rank-{dist.rank():05d}.exit.json", {
+            "attempt": owner.token, "exit_code": exit_code, "error": error, "launch": os.environ.get(LAUNCH)})
 
 
 def forget(path: Path) -> None:

@@ -101,9 +101,15 @@ def train(settings: Train, allowed: Sequence[str] = ()) -> int:
         stack.callback(dist.stop)
         reached["ranks"] = runs.age()
         owner = dist.once(lambda: stack.enter_context(lock.hold(path)))
-        if not os.environ.get(runs.LAUNCH):      # who types this wants it to go on, whatever was cancelled before
-            dist.once(lambda: (path / account.STOP).unlink(missing_ok=True))
-        dist.once(lambda: runs.forget(path))        # before anybody could take an old rank's last words for a peer's
+        if dist.rank():
+            owner = lock.Owner(path, owner.token)
+        dist.once(lambda: _clear(path))
+        # At once: on a disk whose locks end at the machine, who gives no sign of life is taken for dead.
+        watching = Watch(path, dist.rank(), dist.world(), hang=settings.hang, grace=settings.grace, owner=owner,
+                         account=lambda state, code, words: run.breaks_off(state, code, words) if run else
+                         runs.last_words(path, owner, code, words))
+        joining.over()
+        stack.callback(watching.close)
         runs.log_to(path)
         runs.end_with_launcher()
         try:
@@ -114,26 +120,30 @@ def train(settings: Train, allowed: Sequence[str] = ()) -> int:
             if words := _imitated(settings, device):
                 _tell(f"warning: {words}")
             identity = _identity(settings, reader)
-            dist.once(lambda: checkpoint.clean(path / "checkpoints"))
             found = checkpoint.agreed(path / "checkpoints")
             if found and _finished(found, identity, settings, path, allowed):
                 return 0
-            dist.once(lambda: watch.forget(path))
-            run = runs.Run(path, settings.steps, device, reached)
-            watching = Watch(path, dist.rank(), dist.world(), hang=settings.hang, grace=settings.grace,
-                             account=run.breaks_off)
-            joining.over()
-            stack.callback(watching.close)
+            dist.once(owner.alone)
+            dist.once(lambda: checkpoint.clean(path / "checkpoints"))
+            run = runs.Run(path, owner, settings.steps, device, reached)
             own = _built(settings, path, run, device, reader, identity, found, watching, asked, owner)
             stack.callback(own.log.close)
             stack.callback(own.loader.close)
             run.reaches("network")
             return _train(own, checkpoint.load(found, own.engine) if found else 0)
         except BaseException as error:
-            failure = runs.cause(error, path)
+            failure = runs.cause(error, path, owner)
             if run:
                 run.fails(failure)
             raise failure from error
+
+
+def _clear(path: Path) -> None:
+    """Drops what ranks of an earlier attempt said, and what somebody said to them."""
+    watch.forget(path)
+    runs.forget(path)
+    if not os.environ.get(runs.LAUNCH):      # who types this wants it to go on, whatever was cancelled before
+        (path / account.STOP).unlink(missing_ok=True)
 
 
 def _built(settings: Train, path: Path, run: runs.Run, device: torch.device, reader: Reader, identity: dict[str, Any],
@@ -157,7 +167,8 @@ def _built(settings: Train, path: Path, run: runs.Run, device: torch.device, rea
     own = Parts(settings, path, run, device, engine, method,
                 _loader(settings, path, reader, stream, method, device, threads, way),
                 checkpoint.Saver(path / "checkpoints", engine, settings.checkpoint, owner.check),
-                Log(path, settings.steps, start), Ledger(path, reader) if settings.debug.ledger else None, watching,
+                Log(path, settings.steps, start, owner.check),
+                Ledger(path, reader, owner.check) if settings.debug.ledger else None, watching,
                 finite.Statistics(method), asked,
                 {"identity": identity, "way": way, "left_out": before.get("left_out", [])})
     if dist.rank() == 0 and start == 0 and settings.log.pictures:
@@ -183,6 +194,7 @@ def _train(own: Parts, start: int) -> int:
         return PREEMPTED
     if step == settings.steps and dist.rank() == 0:
         points.at("export", step)
+        own.saver.check()
         export.export(_encoder(own.method), settings, own.loader.reader, step, own.path / "encoder")
     dist.barrier()
     run.ends("done" if step == settings.steps else "stopped", 0, step)

@@ -1,7 +1,8 @@
 """Who watches the ranks: signs of life beside the run, stacks of all when one hangs, and the end of a signal's grace.
 
+    RUN/alive/owner.json        whose folder this is (lock.py): of another attempt's ranks it tells that they shall end
     RUN/alive/rank-00001.json   who this rank is, where it is, and a number that grows while its process lives
-    RUN/alive/hang              a rank has waited too long: all write their stacks and end
+    RUN/alive/hang              a rank of the attempt named in it has waited too long: all write their stacks and end
     RUN/stacks/rank-00001.txt   what every thread of it was doing
     RUN/launch/stop             somebody cancelled the run: rank 0 takes it for a signal
 
@@ -26,11 +27,12 @@ from typing import Any
 
 from launch import account
 from shards import folder
+from shards.folder import FolderInUse
 from ssl_dist import points
+from ssl_dist.lock import BEAT, Owner
 
 logger = logging.getLogger(__name__)
 
-BEAT = 2.0              # seconds between two signs of life
 CROWD = 50              # signs a second that a shared disk is asked to take; of more ranks each gives fewer, but rank 0
 FIRST = 3.0             # so many times the patience for what comes before the end of the first step
 HANG, UNSAVED = 6, 5    # exit codes
@@ -42,8 +44,9 @@ Account = Callable[[str, int, str], None]       # writes down how this attempt e
 class Watch:
     """The watching thread of one rank."""
 
-    def __init__(self, path: Path, rank: int, world: int, *, hang: float, grace: float, account: Account):
-        self.path, self.rank, self.world, self.hang, self.grace = path, rank, world, hang, grace
+    def __init__(self, path: Path, rank: int, world: int, *, hang: float, grace: float, owner: Owner,
+                 account: Account):
+        self.path, self.rank, self.world, self.hang, self.grace, self.owner = path, rank, world, hang, grace, owner
         self.settled = False        # the first step is over
         self.saved = False          # the last checkpoint of this attempt is complete: nothing is lost any more
         self._pause = max(BEAT, world / CROWD)
@@ -72,6 +75,8 @@ class Watch:
             for look in (self._breathe, self._hangs, self._look, self._cancelled):
                 try:
                     look()
+                except FolderInUse as error:
+                    self._end_ousted(str(error))
                 except (OSError, ValueError) as error:      # of a disk that refuses for a while nobody dies
                     logger.info("watching: %s", error)
             pause = BEAT if self.rank == 0 or self._asked else self._pause
@@ -84,21 +89,23 @@ class Watch:
                                 here.step)
 
     def _hangs(self) -> None:
-        if (self.path / "alive" / "hang").exists():
-            self._end_hung()
+        with contextlib.suppress(FileNotFoundError):
+            if (self.path / "alive" / "hang").read_text() == self.owner.token:
+                self._end_hung()
 
     def _cancelled(self) -> None:
         if self.rank == 0 and not self._asked and (self.path / account.STOP).exists():
             os.kill(os.getpid(), signal.SIGTERM)        # from a machine that can send no signal to this one
 
     def _breathe(self) -> None:
+        self.owner.check()
         here = points.where()
         self._beat += 1
         path = self.path / "alive" / f"rank-{self.rank:05d}.json"
         draft = path.with_suffix(".tmp")
         draft.write_text(json.dumps({
-            "beat": self._beat, "host": host(), "pid": os.getpid(), "point": here.point, "step": here.step,
-            "seconds": round(time.monotonic() - here.since, 1), "frame": _frame()}))
+            "attempt": self.owner.token, "beat": self._beat, "host": host(), "pid": os.getpid(), "point": here.point,
+            "step": here.step, "seconds": round(time.monotonic() - here.since, 1), "frame": _frame()}))
         draft.replace(path)         # not synced: it need not outlive a power cut
 
     def _look(self) -> None:
@@ -106,13 +113,19 @@ class Watch:
         waited, patience = now - here.since, self.hang * (1.0 if self.settled else FIRST)
         if waited > patience:
             try:
-                (self.path / "alive" / "hang").touch()
+                (self.path / "alive" / "hang").write_text(self.owner.token)
             except OSError:         # nobody can be told, and nobody is waited for
                 self._end_hung()
         if self._asked and not self.saved and now - self._asked > self.grace - BEAT:
             self._end(UNSAVED, "preempted", f"asked to stop {now - self._asked:.0f} s ago, and rank {self.rank} is "
                       f"still at {here.point} of step {here.step}: grace={self.grace:g} runs out, and nothing after "
                       "the last checkpoint is saved")
+
+    def _end_ousted(self, sentence: str) -> None:
+        """Ends where the folder is another's by now, in which nothing is to be written any more."""
+        sys.stderr.write(f"ssl-dist: error: {sentence}\n")
+        sys.stderr.flush()
+        os._exit(FolderInUse.exit_code)
 
     def _end_hung(self) -> None:
         """Writes this rank's stacks, finds out who keeps the others waiting, and ends."""
@@ -123,13 +136,14 @@ class Watch:
                        f"{time.monotonic() - here.since:.0f} s\n\n")
             file.flush()
             faulthandler.dump_traceback(file, all_threads=True)
-        before = alive(self.path)
+        before = alive(self.path, self.owner.token)
         for _ in range(3):
             time.sleep(self._pause)
             with contextlib.suppress(OSError):
                 self._breathe()
-        self._end(HANG, "failed", f"{blame(before, alive(self.path), self.world)}; stacks: {self.path / 'stacks'}. Run "
-                  "the same command again to resume from the last checkpoint")
+        words = blame(before, alive(self.path, self.owner.token), self.world)
+        self._end(HANG, "failed", f"{words}; stacks: {self.path / 'stacks'}. Run the same command again to resume from "
+                  "the last checkpoint")
 
     def _end(self, code: int, state: str, sentence: str) -> None:
         try:
@@ -165,12 +179,14 @@ class Joining:
         os._exit(HANG)
 
 
-def alive(path: Path) -> dict[int, dict[str, Any]]:
-    """The last sign of life of every rank."""
+def alive(path: Path, attempt: str | None = None) -> dict[int, dict[str, Any]]:
+    """The last sign of life of every rank, or of those of one attempt."""
     found = {}
     for file in path.glob("alive/rank-*.json"):
         with contextlib.suppress(OSError, ValueError):
-            found[int(file.stem.removeprefix("rank-"))] = json.loads(file.read_text())
+            told = json.loads(file.read_text())
+            if attempt in (None, told.get("attempt")):
+                found[int(file.stem.removeprefix("rank-"))] = told
     return found
 
 

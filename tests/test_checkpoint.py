@@ -132,6 +132,18 @@ def test_a_resumed_run_has_the_weights_of_an_uninterrupted_one_to_the_last_bit(n
     assert not torch.equal(whole.buffers()["queue"], torch.zeros(4))
 
 
+@pytest.mark.usefixtures("_group")
+def test_going_back_leaves_no_moments_of_weights_that_had_none(tmp_path: Path) -> None:
+    engine = built(OPTIMIZERS["adamw"])
+    checkpoint.save(tmp_path, 0, engine, {}, keep=2)
+    first = trained(engine, 0, 3)
+    once = everything(engine)
+    checkpoint.load(tmp_path / "step-000000", engine)
+    assert engine.moments() == {}
+    assert trained(engine, 0, 3) == first
+    assert same(once, everything(engine)) == []
+
+
 def on_ranks(path: Path) -> dict[str, dict[str, Tensor] | list[float]]:
     root = path / f"checkpoints-of-{dist.world()}"
     whole = built(OPTIMIZERS["adamw"], dist.world())
@@ -271,6 +283,45 @@ def test_only_the_newest_are_kept(engine: Engine, tmp_path: Path) -> None:
     assert sorted(each.name for each in tmp_path.iterdir()) == ["step-000003", "step-000004"]
     assert checkpoint.steps(tmp_path) == [4, 3]
     assert checkpoint.newest(tmp_path) == tmp_path / "step-000004"
+
+
+def test_an_older_one_goes_only_while_two_are_left_that_were_read_and_are_good(engine: Engine, tmp_path: Path) -> None:
+    """What this process wrote itself may have changed since: it is read again before another is relied on for it."""
+    saver = checkpoint.Saver(tmp_path, engine, config.Checkpoint(keep=2))
+    for step in (1, 2, 3):
+        saver.begin(step, {})
+        saver.publish(must=True)
+    assert checkpoint.steps(tmp_path) == [3, 2]
+    changed(tmp_path / "step-000003")
+    for step, left in ((4, [4, 3, 2]), (5, [5, 4])):
+        saver.begin(step, {})
+        saver.publish(must=True)
+        assert checkpoint.steps(tmp_path) == left
+        good = [each for each in left if not checkpoint.verify(tmp_path / checkpoint.name(each))]
+        assert len(good) == 2
+
+
+def test_what_comes_back_otherwise_from_the_disk_is_no_checkpoint(engine: Engine, tmp_path: Path,
+                                                                 monkeypatch: pytest.MonkeyPatch) -> None:
+    saver = checkpoint.Saver(tmp_path, engine, config.Checkpoint(keep=2))
+    for step in (1, 2):
+        saver.begin(step, {})
+        saver.publish(must=True)
+    write = folder.write
+
+    def rotten(path: Path, content: bytes | str) -> None:
+        write(path, content)
+        if path.name == "optimizer.safetensors":
+            with path.open("r+b") as file:
+                file.seek(-1, os.SEEK_END)
+                file.write(bytes([content[-1] ^ 1]))
+
+    monkeypatch.setattr(folder, "write", rotten)
+    saver.begin(3, {})
+    assert saver.publish() is None
+    with pytest.raises(OSError, match=r"optimizer\.safetensors changed on disk as soon as it was written"):
+        checkpoint.save(tmp_path, 3, engine, {}, keep=2)
+    assert checkpoint.steps(tmp_path) == [2, 1]
 
 
 def test_steps_are_numbers_and_not_words(engine: Engine, tmp_path: Path) -> None:

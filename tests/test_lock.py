@@ -13,14 +13,14 @@ from pathlib import Path
 import pytest
 
 from shards.folder import FolderInUse
-from ssl_dist import lock, watch
+from ssl_dist import lock
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(autouse=True)
 def _hasty(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(watch, "BEAT", 0.1)
+    monkeypatch.setattr(lock, "BEAT", 0.1)
     monkeypatch.setattr(lock, "SILENCE", 1.0)
 
 
@@ -44,8 +44,17 @@ def test_a_second_writer_is_refused_and_told_who_the_first_is(tmp_path: Path) ->
     with lock.hold(tmp_path):
         lock_file = tmp_path / "alive" / "owner.json"
         assert json.loads(lock_file.read_text())["host"] == socket.gethostname()
-    assert not lock_file.exists()
+    assert json.loads(lock_file.read_text())["left"], "nobody has to be proved dead"
     lock.free(tmp_path)
+
+
+def test_a_folder_that_another_machine_has_left_needs_no_proof(tmp_path: Path) -> None:
+    of_another_machine(tmp_path)
+    left = tmp_path / "alive" / "owner.json"
+    left.write_text(json.dumps({**json.loads(left.read_text()), "left": True}))
+    since = time.monotonic()
+    with lock.hold(tmp_path):
+        assert time.monotonic() - since < lock.SILENCE / 2
 
 
 def test_a_writer_that_was_killed_leaves_nothing_to_wait_for(tmp_path: Path) -> None:
@@ -100,15 +109,56 @@ def test_who_was_taken_for_dead_and_wakes_up_writes_nothing_any_more(tmp_path: P
         of_another_machine(tmp_path)
         with pytest.raises(FolderInUse, match="was taken over by process 4711 on elsewhere"):
             owner.check()
-    assert (tmp_path / "alive" / "owner.json").exists(), "it is the other's now"
+    told = json.loads((tmp_path / "alive" / "owner.json").read_text())
+    assert told["token"] == "t", "it is the other's now"
+    assert "left" not in told
+
+
+def test_where_the_token_is_taken_away_nothing_is_written_any_more(tmp_path: Path) -> None:
+    with lock.hold(tmp_path) as owner:
+        (tmp_path / "alive" / "owner.json").unlink()
+        with pytest.raises(FolderInUse, match=r"owner\.json is gone"):
+            owner.check()
+    assert not (tmp_path / "alive" / "owner.json").exists()
+
+
+def test_a_disk_that_does_not_answer_proves_nothing(tmp_path: Path) -> None:
+    with lock.hold(tmp_path) as owner:
+        owner.path.unlink()
+        owner.path.mkdir()          # to be read it is a refusal of the disk
+        with pytest.raises(OSError, match="directory"):
+            owner.check()
+        owner.path.rmdir()
+
+
+def test_a_rank_that_sees_the_token_late_is_patient_until_it_has_seen_it(tmp_path: Path) -> None:
+    of_another_machine(tmp_path)
+    rank = lock.Owner(tmp_path, "ours")
+    rank.check()        # what its machine still shows is older
+    rank.path.write_text(json.dumps({**json.loads(rank.path.read_text()), "token": "ours"}))
+    rank.check()
+    of_another_machine(tmp_path)
+    with pytest.raises(FolderInUse, match="taken over by process 4711 on elsewhere"):
+        rank.check()
 
 
 def test_of_two_machines_that_start_at_once_where_locks_do_not_reach_one_stays(tmp_path: Path,
                                                                               monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lock, "_shared", lambda _: True)
     threading.Timer(0.1, of_another_machine, (tmp_path,)).start()
-    with pytest.raises(FolderInUse, match="taken over by process 4711"), lock.hold(tmp_path):
-        pass
+    with lock.hold(tmp_path) as owner, pytest.raises(FolderInUse, match="taken over by process 4711"):
+        owner.alone()
+
+
+def test_who_is_alone_waits_for_no_more_than_is_left_of_the_time(tmp_path: Path,
+                                                                 monkeypatch: pytest.MonkeyPatch) -> None:
+    slept: list[float] = []
+    monkeypatch.setattr(lock, "_shared", lambda _: True)
+    with lock.hold(tmp_path) as owner:
+        time.sleep(0.15)
+        monkeypatch.setattr(lock.time, "sleep", slept.append)
+        owner.alone()
+    assert 0 <= slept[0] < 0.06
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"token": 1}', "null"])

@@ -1,5 +1,6 @@
 """Who is blamed for a hang, who is slow, what a signal and a stuck rank do; and named points with their faults."""
 
+import json
 import os
 import signal
 import socket
@@ -57,16 +58,18 @@ def test_a_straggler_needs_half_as_long_again_as_most_do(seconds: list[float], s
 PROGRAM = """
 import ctypes, signal, sys, time
 from pathlib import Path
-from ssl_dist import points, watch
+from ssl_dist import lock, points, watch
 told = []
 for number in watch.ASKING:
     signal.signal(number, lambda *_: told.append(_))
-one = watch.Watch(Path(sys.argv[1]), 0, 1, hang=float(sys.argv[2]), grace=float(sys.argv[3]),
+owner = lock.Owner(Path(sys.argv[1]), "ours")
+owner.write()
+one = watch.Watch(Path(sys.argv[1]), 0, 1, hang=float(sys.argv[2]), grace=float(sys.argv[3]), owner=owner,
                   account=lambda *words: Path(sys.argv[1], "account").write_text(repr(words)))
-one.settled = True
+one.settled, one.saved = True, sys.argv[4] == "saved"
 points.at("step.backward", 41)
 print("ready", flush=True)
-if sys.argv[4] == "moves":
+if sys.argv[4] in ("moves", "saved"):
     time.sleep(5)
     points.at("step.agree", 41)
     one.close()
@@ -100,6 +103,44 @@ def test_a_signal_that_no_handler_hears_is_heard_and_its_grace_ends_the_rank(tmp
     assert process.wait(60) == watch.UNSAVED
     assert 2 < time.monotonic() - since < 20
     assert "grace=5 runs out" in (tmp_path / "account").read_text()
+
+
+def test_the_grace_of_a_run_that_is_saved_ends_nothing(tmp_path: Path) -> None:
+    process = started(tmp_path, 100, 3, "saved")
+    process.send_signal(signal.SIGUSR2)
+    assert process.wait(60) == 0
+    assert not (tmp_path / "account").exists()
+
+
+def test_a_rank_whose_folder_was_taken_over_ends_and_writes_nothing(tmp_path: Path) -> None:
+    process = started(tmp_path, 100, 100, "hangs")
+    process.send_signal(signal.SIGSTOP)
+    owner = tmp_path / "alive" / "owner.json"
+    owner.write_text(json.dumps({**json.loads(owner.read_text()), "token": "theirs", "host": "elsewhere"}))
+    (tmp_path / "alive" / "rank-00000.json").write_text("theirs")
+    (tmp_path / "alive" / "hang").write_text("ours")        # even this would be nobody's now
+    process.send_signal(signal.SIGCONT)
+    assert process.wait(30) == 10
+    assert (tmp_path / "alive" / "rank-00000.json").read_text() == "theirs"
+    assert not (tmp_path / "account").exists()
+    assert not (tmp_path / "stacks").exists()
+
+
+def test_a_hang_of_another_attempt_is_none_of_ours(tmp_path: Path) -> None:
+    process = started(tmp_path, 60, 100, "moves")
+    (tmp_path / "alive" / "hang").write_text("theirs")
+    assert process.wait(60) == 0
+    (tmp_path / "alive" / "rank-00001.json").write_text(json.dumps({"attempt": "theirs", "beat": 1}))
+    assert {*watch.alive(tmp_path, "ours")} == {0}
+    assert {*watch.alive(tmp_path)} == {0, 1}
+
+
+def test_a_disk_that_refuses_everything_does_not_keep_a_hung_rank_alive(tmp_path: Path) -> None:
+    for name in ("alive/rank-00000.tmp", "alive/hang", "account"):
+        (tmp_path / name).mkdir(parents=True)       # no file can be written where a folder is
+    (tmp_path / "stacks").touch()
+    assert started(tmp_path, 3, 100, "hangs").wait(60) == watch.HANG
+    assert watch.alive(tmp_path) == {}
 
 
 def test_a_rank_that_comes_along_is_left_in_peace_and_its_sign_grows(tmp_path: Path) -> None:
