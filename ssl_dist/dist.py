@@ -8,7 +8,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any
 
@@ -49,15 +49,29 @@ def start(device: torch.device, patience: timedelta = PATIENCE) -> None:
         torch.cuda.set_device(device)
     if MEETING in os.environ:
         with contextlib.ExitStack() as stack:
+            stack.enter_context(_one_gone())
             store = _meet(os.environ[MEETING], stack)
             c10d.init_process_group(backend, store=store, rank=int(os.environ["RANK"]),
                                     world_size=int(os.environ["WORLD_SIZE"]), timeout=_patience)
     elif "RANK" in os.environ and "MASTER_ADDR" in os.environ:
-        c10d.init_process_group(backend, timeout=_patience)
+        with _one_gone():
+            c10d.init_process_group(backend, timeout=_patience)
     else:
         # DeepSpeed looks for these even in a group of one.
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
         c10d.init_process_group(backend, store=c10d.HashStore(), rank=0, world_size=1, timeout=_patience)
+
+
+@contextlib.contextmanager
+def _one_gone() -> Iterator[None]:
+    """What torch says of a rank that ended while the others were looking for it, in a sentence."""
+    try:
+        yield
+    except (c10d.DistError, RuntimeError) as error:
+        if isinstance(error, NoMeeting):
+            raise
+        raise NoMeeting(f"the ranks have not come together, one may have ended ({str(error).splitlines()[0]}); run the "
+                        "same command again") from error
 
 
 def _meet(name: str, stack: contextlib.ExitStack) -> c10d.Store:

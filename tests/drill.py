@@ -47,6 +47,7 @@ class Ended:
     seconds: float                  # from the first bad end to the last
     took: float                     # seconds, all in all
     outlived: list[int]             # ranks that had to be killed
+    begun: bool                     # the ranks had taken a step together
     said: str
 
 
@@ -154,8 +155,16 @@ def _be(rank: int, world: int, port: int, words: list[str], output: Path) -> int
 def _due(strike: dict[str, Any], seconds: float, words: list[str]) -> bool:
     if "after" in strike:
         return seconds > strike["after"]
-    rows = Path(next(word for word in words if word.startswith("run=")).partition("=")[2]) / "metrics.jsonl"
+    rows = _run(words) / "metrics.jsonl"
     return rows.exists() and rows.read_text().count("\n") >= strike["rows"]
+
+
+def _run(words: list[str]) -> Path:
+    return Path(next(word for word in words if word.startswith("run=")).partition("=")[2])
+
+
+def _taken(words: list[str]) -> int:
+    return sum(path.stat().st_size for path in _run(words).glob("ledger/*.jsonl"))
 
 
 def _do(job: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -176,7 +185,7 @@ def _do(job: dict[str, Any], folder: Path) -> dict[str, Any]:
                 sys.stderr.flush()
                 os._exit(code)
         ranks[child] = rank
-    codes, first, outlived, strike = [0] * world, 0.0, [], job.get("strike")
+    codes, first, outlived, strike, before = [0] * world, 0.0, [], job.get("strike"), _taken(job["words"])
     while ranks:
         if strike and _due(strike, time.monotonic() - begun, job["words"]):
             if "shell" in strike:
@@ -200,6 +209,7 @@ def _do(job: dict[str, Any], folder: Path) -> dict[str, Any]:
             first = now
     now = time.monotonic()
     return {"codes": codes, "took": now - begun, "seconds": now - first if first else 0.0, "outlived": outlived,
+            "begun": _taken(job["words"]) > before,
             "said": "".join(path.read_text() for path in outputs if path.exists())}
 
 

@@ -106,7 +106,8 @@ def test_strikes_at_any_time_leave_no_trace(number: int, home: Path, struck: dic
     run, whole = home / "strikes" / f"struck {number} {method}", home / "strikes" / f"whole {method}"
     *_, last = struck[run.name]
     assert last.codes == [0] * WORLD, last.said
-    assert not [end for end in struck[run.name] if end.outlived or "Traceback" in end.said]
+    # Ranks that are still making their groups wait for one another; who started them ends them, and here nobody does.
+    assert not [end for end in struck[run.name] if (end.outlived and end.begun) or "Traceback" in end.said]
     assert drill["ledger"](run) == drill["ledger"](whole)
     ours, theirs = drill["weights"](run), drill["weights"](whole)
     assert not [key for key in theirs if not np.array_equal(ours[key], theirs[key])]
