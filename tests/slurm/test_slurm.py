@@ -106,15 +106,20 @@ class Lab:
     def until_state(self, name: str, state: str) -> None:
         self.until(lambda: self.told(name).get("state") == state, f"{name} {state}")
 
-    def until_over(self, job: str) -> str:
+    def until_over(self, job: str, patience: float = 240) -> str:
         """Waits for the end of a job; returns how SLURM calls it."""
         def state() -> str:
             told = self.cluster.ask("squeue", "-h", "-t", "all", "-j", job, "-o", "%T", check=False)
             return (told or self.cluster.ask("sacct", "-n", "-X", "-j", job, "-o", "State")).split()[0]
 
         going = ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "REQUEUED")
-        self.until(lambda: state() not in going, f"the end of {job}")
+        self.until(lambda: state() not in going, f"the end of {job}", patience)
         return state()
+
+    def until_recorded(self, job: str, what: str, words: str) -> None:
+        """Waits until the accounting says so: slurmdbd hears of things after squeue does."""
+        self.until(lambda: words in self.cluster.ask("sacct", "-D", "-n", "-X", "-j", job, "-o", what).split(),
+                   f"{what} {words} of {job}", patience=30)
 
     def said(self) -> str:
         newest = sorted(self.home.glob("*/launch/*_log.err"), key=lambda path: path.stat().st_mtime)[-4:]
@@ -156,7 +161,18 @@ def test_a_signal_before_the_time_limit_saves_and_requeues(lab: Lab, whole: Path
     first, second = lab.told("signal")["attempts"]
     assert (first["outcome"], second["from_step"]) == ("preempted", first["to_step"])
     assert [first["launch"], second["launch"]] == [f"{job}.0", f"{job}.1"]
-    assert "REQUEUED" in lab.cluster.ask("sacct", "-D", "-n", "-X", "-j", job, "-o", "State")
+    lab.until_recorded(job, "State", "REQUEUED")
+
+
+@pytest.mark.faults
+def test_a_real_time_limit_is_lived_through(lab: Lab, whole: Path) -> None:
+    """Two minutes, of which SLURM leaves one or less before it asks: its clock of limits goes by the minute."""
+    job = lab.launch("limit", drill["fault"]("slow@step.forward:seconds=12"), "log.every=1", hours=2 / 60, grace=60)
+    assert lab.until_over(job) == "COMPLETED"
+    lab.holds("limit", whole)
+    first, *_, last = lab.told("limit")["attempts"]
+    assert (first["outcome"], last["outcome"]) == ("preempted", "done")
+    assert last["from_step"] > 0
 
 
 def test_somebody_requeues_it(lab: Lab, whole: Path) -> None:
@@ -200,7 +216,7 @@ def test_what_is_cancelled_is_saved_and_stays_away(lab: Lab, whole: Path) -> Non
     lab.until_step("cancelled", 3)
     assert f"job {job}" in lab.call("cancel", "cancelled")
     assert lab.until_over(job) == "FAILED"
-    assert lab.cluster.ask("sacct", "-n", "-X", "-j", job, "-o", "ExitCode").strip() == "4:0", "saved, as its code says"
+    lab.until_recorded(job, "ExitCode", "4:0")     # saved, as its code says
     time.sleep(3)
     assert lab.until_over(job) == "FAILED", "it came back"
     status = lab.call("status", "cancelled")
@@ -224,7 +240,7 @@ def test_a_crash_in_one_rank_ends_the_job_in_seconds_and_is_not_tried_for_ever(l
     assert [attempt["from_step"] for attempt in told["attempts"]] == [0, 4]
     said = "".join(path.read_text() for path in (lab.home / "crash" / "launch").glob("*.err"))
     assert "saved nothing beyond step 4" in said
-    assert lab.cluster.ask("sacct", "-n", "-X", "-j", job, "-o", "ExitCode").split()[-1] == "7:0", "not srun's word: 9"
+    lab.until_recorded(job, "ExitCode", "7:0")     # and not srun's word: 9
 
 
 def test_a_site_that_does_not_requeue_gets_one_job_after_the_other(lab: Lab, whole: Path) -> None:
