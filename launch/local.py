@@ -69,7 +69,7 @@ def command(job: Local, arguments: list[str], debug: bool = False) -> list[str]:
     least, most = job.least_most
     if job.rendezvous:
         meet = ["--nnodes", job.nodes, "--rdzv-backend", "c10d", "--rdzv-endpoint", job.rendezvous, "--rdzv-id",
-                f"{zlib.crc32(' '.join(arguments).encode()):x}", "--local-addr", address(job),
+                meeting(arguments), "--local-addr", address(job),
                 # Whose machine keeps the list of all: torchrun would compare names, which need not resolve.
                 "--rdzv-conf", f"is_host={'true' if hosts(job) else 'false'}"]
         meet += ["--max-restarts", str(job.restarts)] if least < most else []
@@ -78,6 +78,11 @@ def command(job: Local, arguments: list[str], debug: bool = False) -> list[str]:
     else:       # a port of 0 would be free when looked up and perhaps not when used; torchrun itself finds one
         meet = ["--standalone"]
     return [sys.executable, *torchrun, "--nproc-per-node", str(ranks(job)), *meet, "-m", "ssl_dist", *arguments]
+
+
+def meeting(arguments: list[str]) -> str:
+    """By what machines that are to do the same know each other."""
+    return f"{zlib.crc32(' '.join(arguments).encode()):x}"
 
 
 def address(job: Local) -> str:
@@ -132,6 +137,9 @@ def run(job: Local, arguments: list[str], run_folder: Path) -> int:
     if name := job.network or (interface(address(job)) if job.rendezvous else ""):
         environment.setdefault("GLOO_SOCKET_IFNAME", name)
         environment.setdefault("NCCL_SOCKET_IFNAME", name)
+    if job.rendezvous:
+        # torchrun's own store outlives a round, and in the next its ranks find the addresses of those that are gone.
+        environment |= {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", MEETING: meeting(arguments)}
     launch = environment[LAUNCH] = uuid.uuid4().hex
     least, most = job.least_most
     code = _wait(subprocess.Popen(command(job, arguments, debug="--debug" in arguments), env=environment),
@@ -169,11 +177,19 @@ def _wait(torchrun: subprocess.Popen, over: Callable[[], bool]) -> int:
 
 
 def _children(process: int) -> list[str]:
+    """Those that live; who has ended, and was not asked how, is none."""
     found: list[str] = []
     for task in Path(f"/proc/{process}/task").glob("*/children"):
         with contextlib.suppress(OSError):
             found += task.read_text().split()
-    return found
+    return [child for child in found if _state(child) not in "Z"]
+
+
+def _state(process: str) -> str:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(") ")[2][0]
+    except OSError:
+        return "Z"
 
 
 def _claim(port: int) -> None:

@@ -78,6 +78,7 @@ def _meet(name: str, stack: contextlib.ExitStack) -> c10d.Store:
     """The store of the ranks of one attempt. Rank 0 says where it is, on the first port of some that it gets; who asks
     there and hears another name, or none, asks on. The store itself waits without end for strangers to answer."""
     host, first = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    name += f":{first}"         # of torchrun, each round has another
     ports = [first + number if first + number < 65_536 else first - number for number in range(TRIES)]
     if os.environ["RANK"] == "0":
         store = c10d.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=_patience)
