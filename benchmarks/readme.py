@@ -204,6 +204,25 @@ def safety() -> str:
         f"{found['date']}. Plot: `benchmarks/results/{found['plot']}`.")
 
 
+def start() -> str:
+    """The table of what passes before the first step: the newest result file."""
+    found = _newest("launch_")
+    if not found:
+        return "Not measured yet."
+    names = {"typed": "the command", "waiting": "queue", "imports": "imports", "ranks": "ranks meet",
+             "network": "network, folder, checks", "tiles": "first tiles", "step": "first step"}
+    lines = [f"| seconds | {' | '.join(names.values())} | all |", "|---" * (2 + len(names)) + "|"]
+    for row in found["launches"]:
+        cells = [f"{row['seconds'][phase]:.1f}" for phase in names]
+        lines.append(f"| `launch {row['name']}` | {' | '.join(cells)} | {sum(row['seconds'].values()):.1f} |")
+    return "\n".join(lines) + (
+        f"\n\nFrom the command to the first step, {found['ranks']} ranks, median of {found['rounds']} launches. The "
+        "command: of `slurm`, what refuses a run that would fail (`--unchecked` leaves it out); of `local`, torchrun. "
+        f"So many processes that import the libraries alone, of which imports are a part, take "
+        f"{found['libraries']:.1f} s. {found['cpu']}, {found['cpus']} cores, {found['date']}. Plot: "
+        f"`benchmarks/results/{found['plot']}`.")
+
+
 def kills() -> str:
     """The table of runs that were struck: the newest result file."""
     found = _newest("kills_")
@@ -297,7 +316,7 @@ def _read(path: Path) -> dict:
 
 
 PARTS = {"tree": tree, "demo": demo, "data": data, "stream": stream, "shard": shard, "train": train, "learn": learn,
-         "safety": safety, "kills": kills}
+         "safety": safety, "kills": kills, "start": start}
 
 
 def main() -> int:

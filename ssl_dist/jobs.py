@@ -260,10 +260,12 @@ def _shards(asked: Asked) -> list[slurm.Work]:
 
     job: Cluster = asked.job
     path = config.recipe(asked.words[0])
-    if (kind := catalogue.holds(path)) == "many":
-        raise ConfigError([f"{asked.words[0]} is a job over many datasets; launch one for each: `ssl-dist datasets` "
-                           "lists them"])
-    if kind == "record":
+    if (kind := catalogue.holds(path)) == "many" and job.parts > 1:
+        raise ConfigError([f"parts={job.parts}, but {asked.words[0]} takes many datasets one after the other, each "
+                           "knowing the tiles of those before it; leave parts out, or launch a dataset by itself"])
+    if kind == "many":
+        out = schema.load(catalogue.Many, path, asked.overrides).out
+    elif kind == "record":
         given = next((word.partition("=")[2] for word in asked.overrides if word.startswith("source=")), None)
         values = catalogue.job(catalogue.read(path), Path(given).expanduser() if given else None)
         out = Path(next((word.partition("=")[2] for word in asked.overrides if word.startswith("out=")),

@@ -236,6 +236,12 @@ def test_a_script_is_what_it_was(name: str, words: str, place: Path) -> None:
     assert text == (GOLDEN / f"{name}.sh").read_text()
 
 
+def test_a_job_over_many_datasets_is_one_job(place: Path) -> None:
+    (text,) = launched("slurm", "launch/cpu parts=1 --print -- shard shards/all57 root=archive out=data/all")
+    assert "ssl_dist shard shards/all57 root=archive out=data/all\n" in text
+    assert f"#SBATCH --output={place}/data/all.launch/" in text
+
+
 def test_every_script_is_one_that_bash_reads() -> None:
     for path in sorted(GOLDEN.glob("*.sh")):
         assert subprocess.run(["bash", "-n", str(path)], capture_output=True, check=False).returncode == 0, path
@@ -281,6 +287,7 @@ def test_what_cannot_be_launched_here_is_said_at_once(words: str, said: str) -> 
     ("container=none.sif -- train demo data.shards=[data/mine]", "does not exist"),
     ("stage='/a/$(reboot)' -- train demo data.shards=[data/mine]", "only names such as"),
     ("launch/nowhere -- train demo", "no config launch/nowhere"),
+    ("launch/cpu parts=2 -- shard shards/all57 root=archive", "takes many datasets one after the other"),
     ("gpus=0 -- train demo data.shards=[data/mine] optim.lr=1e-3,2e-3 method.name=nothing", "method.name='nothing'")])
 def test_what_a_cluster_cannot_be_asked_is_said_at_once(words: str, said: str) -> None:
     with pytest.raises((ConfigError, slurm.SlurmError), match=re.escape(said)):

@@ -306,6 +306,25 @@ def test_a_shard_job_in_eight_tasks_one_of_them_killed_writes_what_one_process_w
         assert (lab.home / out / path.name).read_bytes() == path.read_bytes(), path.name
 
 
+def test_a_part_that_makes_room_comes_back_and_the_shards_are_whole(lab: Lab, slides: Path) -> None:
+    words = [f"source={slides}", "dataset=painted", "size=64", "mpp=1.0", "labels=annotations", "tar_samples=40",
+             "workers=1"]
+    slow = lab.home / "slow python"
+    slow.write_text(f"#!/bin/sh\n[ -e roomy ] || sleep 30\nexec {sys.executable} \"$@\"\n")
+    slow.chmod(0o755)
+    job = lab.launch("roomy.launch", "shards/slides", *words, "out=roomy shards", verb="shard", nodes=1, parts=2,
+                     partition="low", python=str(slow))
+    lab.until(lambda: "R" in lab.cluster.ask("squeue", "-h", "-r", "-j", f"{job}_1", "-o", "%t"), "part 1 running")
+    time.sleep(2)
+    (lab.home / "roomy").touch()
+    other = lab.cluster.ask("sbatch", "--parsable", "-p", "high", "-N3", "--exclusive", "-o", "/dev/null", "--wrap",
+                            "sleep 1").strip()
+    assert lab.until_over(other) == "COMPLETED"
+    lab.until((lab.home / "roomy shards" / "index.json").exists, "the shards")
+    lab.until_recorded(f"{job}_1", "State", "COMPLETED")
+    lab.until_recorded(f"{job}_1", "State", "PREEMPTED")
+
+
 def test_scaling_over_one_and_two_nodes_ends_in_a_table(lab: Lab) -> None:
     lab.home.joinpath("scale.yaml").write_text(yaml.safe_dump({**ASKS, "nodes": 1}))
     lab.call("launch", "slurm", "scale.yaml", "nodes=1,2", "--unchecked", "--", "bench",

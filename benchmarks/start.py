@@ -1,6 +1,6 @@
 """From a launch that is typed to the first step, by phase: torchrun on this machine, and a SLURM of two nodes on it.
 
-    python benchmarks/launch.py [--rounds N]        as root, with Debian's SLURM (tests/slurm/cluster.py)
+    python benchmarks/start.py [--rounds N]        as root, with Debian's SLURM (tests/slurm/cluster.py)
 
 Both start two ranks. `typed` ends when the command has checked everything and handed over, `waiting` when rank 0's
 process begins; then come imports, the meeting of the ranks, the network with all that a run has, the first tiles and
@@ -26,7 +26,7 @@ RANKS = 2
 PHASES = ("typed", "waiting", "imports", "ranks", "network", "tiles", "step")
 LIBRARIES = "import torch, torch.distributed, deepspeed, timm, nvidia.dali, cv2, pyarrow, tensorboard, omegaconf"
 RECIPE = {"slurm": f"nodes: {RANKS}\nranks: 1\ncpus: 1\nhours: 0.2\ngrace: 30\nnetwork: lo\n"}
-WORDS = ["train", "demo", "steps=2", "data.batch=16", "log.pictures=0", "device=cpu"]
+WORDS = ["train", "demo", "steps=2", "data.batch=16", "data.split=", "log.pictures=0", "device=cpu"]
 
 
 def launched(kind: str, run: Path, shards: Path, environment: dict[str, str]) -> dict[str, float]:
@@ -36,11 +36,13 @@ def launched(kind: str, run: Path, shards: Path, environment: dict[str, str]) ->
     how = ["local", f"ranks={RANKS}"] if kind == "local" else ["slurm", str(recipe)]
     words = [sys.executable, "-m", "ssl_dist", "launch", *how, "--", *WORDS, f"run={run}", f"data.shards=[{shards}]"]
     begun = time.time()
-    process = subprocess.Popen(words, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(words, env=environment, stdout=subprocess.DEVNULL)
     typed = None
     while not _done(run):
         if typed is None and process.poll() is not None:
             typed = time.time()
+            if process.returncode:
+                raise RuntimeError(f"{kind}: exit code {process.returncode}")
         if time.time() - begun > 300:
             raise RuntimeError(f"{kind}: no end in five minutes")
         time.sleep(0.05)
@@ -48,7 +50,7 @@ def launched(kind: str, run: Path, shards: Path, environment: dict[str, str]) ->
     attempt = json.loads((run / "run.json").read_text())["attempts"][-1]
     since, found = attempt["process"], {}
     if kind == "slurm" and typed:
-        found["typed"] = typed - begun
+        found["typed"] = min(typed, since) - begun      # a free cluster starts it before the command has ended
         found["waiting"] = max(0.0, since - typed)
     else:               # torchrun is what the command becomes
         found["typed"], found["waiting"] = since - begun, 0.0
