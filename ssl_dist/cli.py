@@ -603,7 +603,9 @@ def evaluate(config: Config, overrides: Overrides = None, print_config: PrintCon
     with bars() as progress:
         threads = settings.threads or len(os.sched_getaffinity(0))
         result = protocol.run(settings, dist.device(settings.device), threads, progress)
-    say(f"{settings.protocol}: " + ", ".join(f"{name} {value:.3f}" for name, value in result["metrics"].items()))
+    between = {name: " ({:.3f} to {:.3f})".format(*edges) for name, edges in result["intervals"].items()}
+    say(f"{settings.protocol}: " + ", ".join(f"{name} {value:.3f}{between.get(name, '')}"
+                                             for name, value in result["metrics"].items()))
     seen = {name: count for name, count in (result["seen_in_pretraining"] or {}).items() if count}
     if seen:
         say("warning: the encoder was pretrained on " + ", ".join(f"{count} of the query's {name}" for name, count in
@@ -611,7 +613,7 @@ def evaluate(config: Config, overrides: Overrides = None, print_config: PrintCon
     if unknown := result["counts"]["unknown_patients"]:
         say(f"warning: the patients of {unknown} query tiles are unknown; some may be in the bank as well")
     for name, figures in result["baselines"].items():
-        say(f"{name}: " + ", ".join(f"{key} {value:{'.3f' if 'accuracy' in key else 'g'}}"
+        say(f"{name}: " + ", ".join(f"{key} {value:.3f}" if key in result["metrics"] else f"{key} {value:g}"
                                     for key, value in figures.items()))
     return None
 

@@ -133,7 +133,7 @@ def test_the_protocol_writes_what_it_chose_and_its_baselines(shard: Path, tmp_pa
     split, query = features.labelled([shard], "train"), features.labelled([shard], "test")
     bank, asked = (features.colours(each, batch=64, threads=1, progress=lambda *_: None).numpy()
                    for each in (split, query))
-    strength, held_out = linear.choose(bank, split.labels_S.numpy(), linear.groups(split), settings.seed)
+    strength, held_out = linear.choose(bank, split.labels_S.numpy(), split.groups, settings.seed)
     assert result["baselines"]["colours"]["C"] == strength
     assert result["baselines"]["colours"]["accuracy_held_out"] == pytest.approx(held_out, abs=1e-4)
     probe = linear.fitted(bank, split.labels_S.numpy(), strength)

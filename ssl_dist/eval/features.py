@@ -29,6 +29,13 @@ class Split:
     labels_S: Tensor                # positions in `classes`
     classes: list[str]
     patients: list[str]             # one a tile
+    slides: list[str]
+
+    @property
+    def groups(self) -> np.ndarray:
+        """What must not be torn apart: the patient of each tile, or its slide where the patient is not known."""
+        return np.array([patient or f"slide {slide}" for patient, slide in zip(self.patients, self.slides,
+                                                                               strict=True)])
 
 
 def labelled(shards: list[Path], split: str) -> Split:
@@ -43,7 +50,8 @@ def labelled(shards: list[Path], split: str) -> Split:
     if not known.any():
         raise ShardError(f"no tile of split {split!r} in {', '.join(map(str, shards))} has a label; shard with labels")
     rows = rows[known]
-    return Split(reader, rows, torch.from_numpy(labels[known]).long(), list(classes[0]), reader.column("patient", rows))
+    return Split(reader, rows, torch.from_numpy(labels[known]).long(), list(classes[0]), reader.column("patient", rows),
+                 reader.column("slide", rows))
 
 
 @torch.inference_mode()

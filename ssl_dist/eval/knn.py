@@ -27,12 +27,13 @@ def neighbours(query_QD: Tensor, bank_BD: Tensor, k: int, chunk: int = 1024) -> 
     return torch.cat([each.values for each in found]), torch.cat([each.indices for each in found])
 
 
-def vote(similarity_QK: Tensor, labels_QK: Tensor, classes: int, temperature: float) -> Tensor:
-    """The class (Q,) with the most votes; a neighbour's vote weighs exp(similarity / temperature) (Wu et al. 2018)."""
+def votes(similarity_QK: Tensor, labels_QK: Tensor, classes: int, temperature: float) -> Tensor:
+    """The share (Q, C) of each class in the votes; a neighbour's weighs exp(similarity / temperature) (Wu et al. 2018).
+    """
     # Less its largest: only the proportions count, and e^(1/0.01) would not fit.
     weight_QK = ((similarity_QK - similarity_QK[:, :1]) / temperature).exp()
     votes_QC = torch.zeros(len(labels_QK), classes).scatter_add_(1, labels_QK, weight_QK)
-    return votes_QC.argmax(dim=1)
+    return votes_QC / votes_QC.sum(dim=1, keepdim=True)
 
 
 def run(settings: Eval, device: torch.device, threads: int, progress: Progress) -> dict[str, Any]:
@@ -45,9 +46,9 @@ def run(settings: Eval, device: torch.device, threads: int, progress: Progress) 
 
     def judge(bank_BD: Tensor, bank: Split, query_QD: Tensor, query: Split) -> Verdict:      # noqa: ARG001
         similarity_QK, places_QK = neighbours(query_QD, bank_BD, settings.k)
-        answers_Q = vote(similarity_QK, bank.labels_S[places_QK], len(bank.classes), settings.temperature)
-        shown.append((places_QK, answers_Q))
-        return Verdict(answers_Q, {"k": settings.k, "temperature": settings.temperature})
+        votes_QC = votes(similarity_QK, bank.labels_S[places_QK], len(bank.classes), settings.temperature)
+        shown.append((places_QK, votes_QC.argmax(dim=1)))
+        return Verdict(votes_QC.double().numpy(), {"k": settings.k, "temperature": settings.temperature})
 
     def draw(bank: Split, query: Split, out: Path) -> list[str]:
         _sheet(bank, query, *shown[0], out / "knn_neighbours.png")

@@ -33,21 +33,15 @@ ITERATIONS = 300        # of L-BFGS; weak regularisation need not converge to gu
 def run(settings: Eval, device: torch.device, threads: int, progress: Progress) -> dict[str, Any]:
     """The protocol: features of both splits, a probe on the bank, and the same for each baseline."""
     def judge(bank_BD: Tensor, bank: Split, query_QD: Tensor, query: Split) -> Verdict:      # noqa: ARG001
-        strength, chosen_by = choose(bank_BD.numpy(), bank.labels_S.numpy(), groups(bank), settings.seed)
+        strength, chosen_by = choose(bank_BD.numpy(), bank.labels_S.numpy(), bank.groups, settings.seed)
         probe = fitted(bank_BD.numpy(), bank.labels_S.numpy(), strength)
-        return Verdict(torch.from_numpy(probe.predict(query_QD.numpy())),
+        return Verdict(scores(probe, query_QD.numpy(), len(bank.classes)),
                        {"C": strength, "accuracy_held_out": round(chosen_by, 4)})
 
     def allow(bank: Split) -> None:
-        parted(bank.labels_S.numpy(), groups(bank), settings.seed)
+        parted(bank.labels_S.numpy(), bank.groups, settings.seed)
 
     return protocol.run(settings, judge, device, threads, progress, allow)
-
-
-def groups(split: Split) -> np.ndarray:
-    """What must not be torn apart: the patient of each tile, or its slide where the patient is not known."""
-    slides = split.reader.column("slide", split.rows)
-    return np.array([patient or f"slide {slide}" for patient, slide in zip(split.patients, slides, strict=True)])
 
 
 def choose(bank_BD: np.ndarray, labels_B: np.ndarray, groups_B: np.ndarray, seed: int) -> tuple[float, float]:
@@ -80,6 +74,13 @@ def probes(bank_BD: np.ndarray, labels_B: np.ndarray, strengths: Sequence[float]
             warnings.simplefilter("ignore", ConvergenceWarning)
             regression.set_params(C=strength).fit(scaled_BD, labels_B)
         yield strength, make_pipeline(scaler, regression)
+
+
+def scores(probe: Pipeline, query_QD: np.ndarray, classes: int) -> np.ndarray:
+    """(Q, C): how likely the probe holds each class; one that it never saw, not at all."""
+    found_QC = np.zeros((len(query_QD), classes))
+    found_QC[:, probe.classes_] = probe.predict_proba(query_QD)
+    return found_QC
 
 
 def fitted(bank_BD: np.ndarray, labels_B: np.ndarray, strength: float) -> Pipeline:

@@ -17,7 +17,7 @@ from torch import Tensor
 from shards import folder
 from shards.index import ShardError
 from ssl_dist.config import Eval
-from ssl_dist.eval import features, leakage, metrics
+from ssl_dist.eval import features, intervals, leakage, metrics
 from ssl_dist.eval.features import Split
 from ssl_dist.models import encoder as encoders
 
@@ -30,7 +30,7 @@ Progress = Callable[[str, int, int], None]
 class Verdict:
     """What a protocol makes of one encoder's features."""
 
-    answers_Q: Tensor                                               # the class of every query
+    scores_QC: np.ndarray                                           # of every query, how likely each class is
     facts: dict[str, Any] = field(default_factory=dict)             # what was chosen on the way, for the result
 
 
@@ -57,9 +57,10 @@ def run(settings: Eval, judge: Judge, device: torch.device, threads: int, progre
             if not all(bool(each.isfinite().all()) for each in vectors):
                 raise encoders.EncoderError(f"{what} gives features that are no numbers; its weights are damaged")
             verdicts[what] = judge(vectors[0], bank, vectors[1], query)
-        own, counts_CC = verdicts.pop("encoder"), {}
-        for what, verdict in {"encoder": own, **verdicts}.items():
-            counts_CC[what] = metrics.confusion(query.labels_S.numpy(), verdict.answers_Q.numpy(), len(bank.classes))
+        truth_Q = query.labels_S.numpy()
+        measures = {what: metrics.classification(truth_Q, verdict.scores_QC) for what, verdict in verdicts.items()}
+        drawn, own = intervals.drawings(query.groups, settings.seed), verdicts.pop("encoder")
+        counts_CC = metrics.confusion(truth_Q, own.scores_QC.argmax(axis=1), len(bank.classes))
         out = folder.make(settings.out or settings.encoder.parent / "eval")
         result = {
             "protocol": settings.protocol, "size": size, **own.facts,
@@ -67,14 +68,16 @@ def run(settings: Eval, judge: Judge, device: torch.device, threads: int, progre
                         "sha256": encoders.digest(settings.encoder)},
             "shards": [{"path": str(path), "fingerprint": found.fingerprint}
                        for path, found in zip(settings.data.shards, bank.reader.indexes, strict=True)],
-            "metrics": _figures(counts_CC["encoder"]),
-            "baselines": {what: {**_figures(counts_CC[what]), **verdict.facts} for what, verdict in verdicts.items()},
+            "metrics": _figures(measures["encoder"]),
+            "intervals": intervals.intervals(measures["encoder"], drawn),
+            "baselines": {what: {**_figures(measures[what]), **verdict.facts} for what, verdict in verdicts.items()},
+            "against": {what: intervals.compared(measures["encoder"], measures[what], drawn) for what in verdicts},
             "counts": {"bank": len(bank.rows), "queries": len(query.rows),
                        "bank_patients": len(set(bank.patients) - {UNKNOWN}),
                        "query_patients": len(set(query.patients) - {UNKNOWN}), "shared_patients": 0,
                        "unknown_patients": query.patients.count(UNKNOWN)},
             "seen_in_pretraining": leakage.overlap(settings.encoder, query),
-            "classes": bank.classes, "confusion": counts_CC["encoder"].tolist(), "pictures": draw(bank, query, out),
+            "classes": bank.classes, "confusion": counts_CC.astype(int).tolist(), "pictures": draw(bank, query, out),
             "seed": settings.seed,
         }
     folder.write_json(out / f"{settings.protocol}.json", result)
@@ -111,6 +114,5 @@ def _measure(what: str, settings: Eval, size: int, device: torch.device,
                                                     device=device, progress=progress)
 
 
-def _figures(counts_CC: np.ndarray) -> dict[str, float]:
-    return {"accuracy": round(metrics.accuracy(counts_CC), 4),
-            "balanced_accuracy": round(metrics.balanced_accuracy(counts_CC), 4)}
+def _figures(measure: metrics.Measure) -> dict[str, float]:
+    return {name: round(value, 4) for name, value in measure(None).items() if np.isfinite(value)}
