@@ -606,12 +606,8 @@ def evaluate(config: Config, overrides: Overrides = None, print_config: PrintCon
     between = {name: " ({:.3f} to {:.3f})".format(*edges) for name, edges in result["intervals"].items()}
     say(f"{settings.protocol}: " + ", ".join(f"{name} {value:.3f}{between.get(name, '')}"
                                              for name, value in result["metrics"].items()))
-    seen = {name: count for name, count in (result["seen_in_pretraining"] or {}).items() if count}
-    if seen:
-        say("warning: the encoder was pretrained on " + ", ".join(f"{count} of the query's {name}" for name, count in
-                                                                  seen.items()) + "; this figure is too good")
-    if unknown := result["counts"]["unknown_patients"]:
-        say(f"warning: the patients of {unknown} query tiles are unknown; some may be in the bank as well")
+    for words in result["warnings"]:
+        say(f"warning: {words}")
     for name, figures in result["baselines"].items():
         say(f"{name}: " + ", ".join(f"{key} {value:.3f}" if key in result["metrics"] else f"{key} {value:g}"
                                     for key, value in figures.items()))

@@ -6,6 +6,7 @@ A number is written once. Whatever follows from it (a rank's batch, DeepSpeed's 
 import difflib
 import importlib
 import math
+import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -225,6 +226,10 @@ class Train:
         return broken
 
 
+ENCODERS = "timm:", "hf-hub:"       # how an encoder is named that is no folder
+BASELINES = "random", "colours"
+
+
 @dataclass
 class EvalData:
     shards: list[Path] = field(metadata={"exists": True, "some": True, "help": "labelled shard folders"})
@@ -236,17 +241,18 @@ class EvalData:
 class Eval:
     """`ssl-dist eval`."""
 
-    encoder: Path = field(metadata={"exists": True, "help": "an exported encoder folder",
-                                    "otherwise": "; a run writes it as RUN/encoder when it ends"})
+    encoder: str = field(metadata={"help": "an encoder folder, or timm:NAME or hf-hub:OWNER/NAME"})
     data: EvalData
     protocol: str = field(default="knn", metadata={"choices": ("knn", "linear")})
     out: Path | None = field(default=None, metadata={"help": "folder of results; null: eval/ beside the encoder"})
+    cache: bool = field(default=True, metadata={"help": "keep features in OUT/features, and compute them once"})
+    precision: str = field(default="fp32", metadata={"choices": ("fp32", "bf16"), "help": "of the encoder"})
     size: int | None = field(default=None, metadata={"range": (16, 4096), "help": "pixels a tile is resized to; null: "
                                                      "as wide as what the encoder was trained on"})
     k: int = field(default=20, metadata={"range": (1, 10**6), "help": "knn: neighbours that vote"})
     temperature: float = field(default=0.07, metadata={"range": (1e-3, 100), "help": "knn: of the votes"})
     baselines: list[str] = field(default_factory=lambda: ["random"], metadata={
-        "choices": ("random", "colours"), "help": "random: the same network untrained; colours: histograms"})
+        "help": "random: the same network untrained; colours: histograms; or another encoder, as encoder= takes it"})
     batch: int = field(default=256, metadata={"range": (1, 10**6)})
     threads: int = field(default=0, metadata={"range": (0, 1024), "help": "0: all cores"})
     device: str = field(default="auto", metadata={"choices": ("auto", "cpu", "cuda")})
@@ -255,8 +261,27 @@ class Eval:
 
     def rules(self) -> list[str]:
         """What cannot be said of one value alone."""
-        same = self.data.bank == self.data.query
-        return [f"data.bank and data.query are both {self.data.bank!r}: every tile would find itself"] if same else []
+        broken = []
+        if self.data.bank == self.data.query:
+            broken.append(f"data.bank and data.query are both {self.data.bank!r}: every tile would find itself")
+        for key, sources in (("encoder", [self.encoder]), ("baselines", self.baselines)):
+            for source in sources:
+                if not (source.startswith(ENCODERS) or Path(source).exists() or (key == "baselines" and
+                                                                                source in BASELINES)):
+                    broken.append(f"{key}={source!r} does not exist (looked in {Path.cwd()}); "
+                                  + ("a run writes it as RUN/encoder when it ends" if key == "encoder" else
+                                     f"it is one of {', '.join(BASELINES)}, an encoder folder,") +
+                                  " or timm:NAME or hf-hub:OWNER/NAME")
+        return broken
+
+    @property
+    def home(self) -> Path:
+        """Where results go: `out`, or eval/ beside the encoder; of one that is no folder, below eval/ here."""
+        if self.out:
+            return self.out
+        if self.encoder.startswith(ENCODERS):
+            return Path("eval") / re.sub(r"[^\w.-]+", "_", self.encoder)
+        return Path(self.encoder).parent / "eval"
 
 
 def load(kind: type, name: str, overrides: list[str]) -> Any:

@@ -281,9 +281,8 @@ def _shards(asked: Asked) -> list[slurm.Work]:
 
 def _evals(asked: Asked) -> list[slurm.Work]:
     settings = config.load(config.Eval, asked.words[0], asked.overrides)
-    out = settings.out or settings.encoder.parent / "eval"
-    name = f"{settings.encoder.absolute().parent.name}-{settings.protocol}"
-    return [slurm.Work(name, out / "launch", [["eval", *asked.words]], gpus=min(1, asked.job.gpus))]
+    name = f"{settings.home.absolute().parent.name}-{settings.protocol}"
+    return [slurm.Work(name, settings.home / "launch", [["eval", *asked.words]], gpus=min(1, asked.job.gpus))]
 
 
 def _scales(asked: Asked) -> list[slurm.Work]:

@@ -67,7 +67,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def settings(encoder: Path, shard: Path, out: Path, **changes: object) -> Eval:
-    return Eval(**{"encoder": encoder, "data": EvalData([shard]), "out": out, "size": 64, "k": 5, "batch": 32,
+    return Eval(**{"encoder": str(encoder), "data": EvalData([shard]), "out": out, "size": 64, "k": 5, "batch": 32,
                    **changes})      # type: ignore[arg-type]
 
 

@@ -122,7 +122,7 @@ def test_colours_are_a_plain_count_of_levels(shard: Path) -> None:
 def test_the_protocol_writes_what_it_chose_and_its_baselines(shard: Path, tmp_path: Path) -> None:
     torch.manual_seed(0)
     Encoder("test_resnet", {}, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)).save(tmp_path / "encoder", 64, {})
-    settings = Eval(encoder=tmp_path / "encoder", data=EvalData([shard]), protocol="linear", out=tmp_path, size=64,
+    settings = Eval(encoder=str(tmp_path / "encoder"), data=EvalData([shard]), protocol="linear", out=tmp_path, size=64,
                     batch=32, baselines=["random", "colours"])
     result = linear.run(settings, torch.device("cpu"), 2, lambda *_: None)
     assert json.loads((tmp_path / "linear.json").read_text()) == result

@@ -3,10 +3,12 @@
 S tiles of the split   D width of a vector
 """
 
+import hashlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,6 +32,12 @@ class Split:
     classes: list[str]
     patients: list[str]             # one a tile
     slides: list[str]
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What decides its tiles and their order."""
+        return {"shards": [found.fingerprint for found in self.reader.indexes],
+                "rows": hashlib.sha256(self.rows.tobytes()).hexdigest()}
 
     @property
     def groups(self) -> np.ndarray:
@@ -56,7 +64,7 @@ def labelled(shards: list[Path], split: str) -> Split:
 
 @torch.inference_mode()
 def extract(encoder: Encoder, split: Split, *, size: int, batch: int, threads: int, device: torch.device,
-            progress: Callable[[int, int], None]) -> Tensor:
+            progress: Callable[[int, int], None], precision: str = "fp32") -> Tensor:
     """Features (S, D) of every tile of the split, in its order, on the CPU."""
     encoder = encoder.eval().to(device)
     opencv.one_thread()
@@ -69,7 +77,8 @@ def extract(encoder: Encoder, split: Split, *, size: int, batch: int, threads: i
             pixels = torch.from_numpy(opencv.resized(pictures, len(rows), size, pool)).to(device)
             if pictures.bad:
                 raise Undecodable(pictures.bad, rows, split.reader)
-            features.append(encoder(pixels).float().cpu())
+            with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+                features.append(encoder(pixels).float().cpu())
             progress(min(first + batch, len(split.rows)), len(split.rows))
     return torch.cat(features)
 

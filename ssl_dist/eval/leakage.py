@@ -7,10 +7,10 @@ from ssl_dist.eval.features import Split
 from ssl_dist.models import encoder as encoders
 
 
-def overlap(encoder: Path, query: Split) -> dict[str, int] | None:
+def overlap(encoder: str, query: Split) -> dict[str, int] | None:
     """How many of the query's tiles, slides and patients the encoder was trained on; None where it does not say."""
     try:
-        facts = json.loads((encoder / "pretraining.json").read_text(encoding="utf-8"))
+        facts = json.loads((Path(encoder) / "pretraining.json").read_text(encoding="utf-8"))
         salt, kinds = facts["salt"], {name: set(facts[name]) for name in ("tiles", "slides", "patients")}
     except (OSError, ValueError, KeyError, TypeError):
         return None

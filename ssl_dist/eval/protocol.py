@@ -18,10 +18,12 @@ from shards import folder
 from shards.index import ShardError
 from ssl_dist.config import Eval
 from ssl_dist.eval import features, intervals, leakage, metrics
+from ssl_dist.eval.cache import Cache
 from ssl_dist.eval.features import Split
 from ssl_dist.models import encoder as encoders
 
 UNKNOWN = ""            # the patient of a tile whose source does not say
+APART = 0.3             # of a doubling of µm/px, from which on an encoder sees what it was not trained for
 
 Progress = Callable[[str, int, int], None]
 
@@ -34,6 +36,42 @@ class Verdict:
     facts: dict[str, Any] = field(default_factory=dict)             # what was chosen on the way, for the result
 
 
+class Source:
+    """Where features come from: the encoder, another one, or what neither was trained."""
+
+    def __init__(self, name: str, settings: Eval):
+        """`name`: encoder, random, colours, or another encoder's folder or name. Refuses a size that it does not take.
+        """
+        self.name, self.size, self.architecture, self.digest = name, 0, name, name
+        if name == "colours":
+            return
+        self._path = settings.encoder if name in ("encoder", "random") else name
+        self.size = settings.size or encoders.trained_size(self._path)
+        with torch.device("meta"):
+            plan = encoders.build(self._path).eval()
+            plan.tries(1, self.size)
+        self.architecture = plan.name
+        self.digest = f"{plan.name} {plan.args} {settings.seed}" if name == "random" else encoders.digest(self._path)
+
+    def features(self, split: Split, cache: Cache, settings: Eval, device: torch.device, threads: int,
+                 progress: Callable[[int, int], None]) -> Tensor:
+        """The vectors (S, D) of a split."""
+        def make() -> Tensor:
+            if self.name == "colours":
+                return features.colours(split, batch=settings.batch, threads=threads, progress=progress)
+            return features.extract(self._network(settings.seed), split, size=self.size, batch=settings.batch,
+                                    threads=threads, device=device, progress=progress, precision=settings.precision)
+
+        return cache.get({"of": self.digest, "size": self.size, "precision": settings.precision, **split.identity},
+                         make)
+
+    def _network(self, seed: int) -> encoders.Encoder:
+        if self.name != "random":
+            return encoders.load(self._path)
+        torch.manual_seed(seed)
+        return encoders.build(self._path)
+
+
 Judge = Callable[[Tensor, Split, Tensor, Split], Verdict]           # features of the bank (B, D), and of the queries
 
 
@@ -44,28 +82,28 @@ def run(settings: Eval, judge: Judge, device: torch.device, threads: int, progre
 
     `allow` refuses a bank that cannot be judged by, before anything is computed; `draw` may add pictures.
     """
-    size = settings.size or encoders.trained_size(settings.encoder)
-    with torch.device("meta"):
-        encoders.build(settings.encoder).eval().tries(1, size)
+    sources = [Source(what, settings) for what in ("encoder", *settings.baselines)]
     with _compared(settings) as (bank, query):
         allow(bank)
+        cache = Cache(settings.home / "features" if settings.cache else None)
         verdicts = {}
-        for what in ("encoder", *settings.baselines):
-            measure = _measure(what, settings, size, device, threads)
-            vectors = [measure(split, functools.partial(progress, f"{what}, {name}"))
+        for source in sources:
+            vectors = [source.features(split, cache, settings, device, threads,
+                                       functools.partial(progress, f"{source.name}, {name}"))
                        for name, split in (("bank", bank), ("query", query))]
             if not all(bool(each.isfinite().all()) for each in vectors):
-                raise encoders.EncoderError(f"{what} gives features that are no numbers; its weights are damaged")
-            verdicts[what] = judge(vectors[0], bank, vectors[1], query)
+                raise encoders.EncoderError(f"{source.name} gives features that are no numbers; its weights are "
+                                            "damaged")
+            verdicts[source.name] = judge(vectors[0], bank, vectors[1], query)
         truth_Q = query.labels_S.numpy()
         measures = {what: metrics.classification(truth_Q, verdict.scores_QC) for what, verdict in verdicts.items()}
         drawn, own = intervals.drawings(query.groups, settings.seed), verdicts.pop("encoder")
         counts_CC = metrics.confusion(truth_Q, own.scores_QC.argmax(axis=1), len(bank.classes))
-        out = folder.make(settings.out or settings.encoder.parent / "eval")
+        seen, out = leakage.overlap(settings.encoder, query), folder.make(settings.home)
         result = {
-            "protocol": settings.protocol, "size": size, **own.facts,
-            "encoder": {"path": str(settings.encoder), "architecture": encoders.build(settings.encoder).name,
-                        "sha256": encoders.digest(settings.encoder)},
+            "protocol": settings.protocol, "size": sources[0].size, **own.facts,
+            "encoder": {"path": settings.encoder, "architecture": sources[0].architecture,
+                        "sha256": sources[0].digest},
             "shards": [{"path": str(path), "fingerprint": found.fingerprint}
                        for path, found in zip(settings.data.shards, bank.reader.indexes, strict=True)],
             "metrics": _figures(measures["encoder"]),
@@ -76,8 +114,9 @@ def run(settings: Eval, judge: Judge, device: torch.device, threads: int, progre
                        "bank_patients": len(set(bank.patients) - {UNKNOWN}),
                        "query_patients": len(set(query.patients) - {UNKNOWN}), "shared_patients": 0,
                        "unknown_patients": query.patients.count(UNKNOWN)},
-            "seen_in_pretraining": leakage.overlap(settings.encoder, query),
+            "seen_in_pretraining": seen,
             "classes": bank.classes, "confusion": counts_CC.astype(int).tolist(), "pictures": draw(bank, query, out),
+            "warnings": _doubts(settings.encoder, query, seen),
             "seed": settings.seed,
         }
     folder.write_json(out / f"{settings.protocol}.json", result)
@@ -100,19 +139,22 @@ def _compared(settings: Eval) -> Iterator[tuple[Split, Split]]:
         yield bank, query
 
 
-def _measure(what: str, settings: Eval, size: int, device: torch.device,
-             threads: int) -> Callable[[Split, Callable[[int, int], None]], Tensor]:
-    """How the encoder, or a baseline by its name, turns a split into vectors."""
-    if what == "colours":
-        return lambda split, progress: features.colours(split, batch=settings.batch, threads=threads, progress=progress)
-    if what == "encoder":
-        network = encoders.load(settings.encoder)
-    else:
-        torch.manual_seed(settings.seed)
-        network = encoders.build(settings.encoder)
-    return lambda split, progress: features.extract(network, split, size=size, batch=settings.batch, threads=threads,
-                                                    device=device, progress=progress)
-
-
 def _figures(measure: metrics.Measure) -> dict[str, float]:
     return {name: round(value, 4) for name, value in measure(None).items() if np.isfinite(value)}
+
+
+def _doubts(encoder: str, query: Split, seen: dict[str, int] | None) -> list[str]:
+    """Why the figures may be better or worse than they should."""
+    found = []
+    if seen and any(seen.values()):
+        found.append("the encoder was pretrained on " + ", ".join(f"{count} of the query's {name}" for name, count in
+                                                                  seen.items() if count) + "; this figure is too good")
+    if unknown := query.patients.count(UNKNOWN):
+        found.append(f"the patients of {unknown} query tiles are unknown; some may be in the bank as well")
+    trained = (encoders.card(encoder).get("ssl_dist") or {}).get("mpp") or []
+    shown = sorted({round(float(each), 4) for each in query.reader.column("mpp", query.rows) if np.isfinite(each)})
+    strange = [each for each in shown if trained and min(abs(np.log2(each / other)) for other in trained) > APART]
+    if strange:
+        found.append(f"the query has tiles of {strange[0]:g} µm/px, and the encoder was trained at "
+                     f"{', '.join(f'{each:g}' for each in trained[:3])}; shard anew with mpp=[{trained[0]:g}]")
+    return found

@@ -15,6 +15,8 @@ from safetensors import SafetensorError
 from timm.models import save_for_hf
 from torch import Tensor, nn
 
+ELSEWHERE = "timm:", "hf-hub:"      # encoders that are no folder here: timm's own, and those on the Hugging Face hub
+
 
 class EncoderError(ValueError):
     """An architecture or an exported folder that cannot be built."""
@@ -92,8 +94,16 @@ class Encoder(nn.Module):
                     model_args=self.args or None, safe_serialization=True)
 
 
-def load(folder: Path) -> Encoder:
-    """An exported encoder, every weight accounted for."""
+def is_elsewhere(source: str | Path) -> bool:
+    """Whether an encoder is a name (`timm:resnet18.a1_in1k`, `hf-hub:owner/name`) and not a folder."""
+    return str(source).startswith(ELSEWHERE)
+
+
+def load(source: str | Path) -> Encoder:
+    """A trained encoder, every weight accounted for: of an exported folder, or of a name that timm knows."""
+    if is_elsewhere(source):
+        return _named(str(source), trained=True)
+    folder = Path(source)
     config = _config(folder)
     encoder = build(folder)
     try:
@@ -105,9 +115,11 @@ def load(folder: Path) -> Encoder:
     return encoder
 
 
-def build(folder: Path) -> Encoder:
-    """The architecture of an exported folder with fresh random weights: the baseline of an evaluation."""
-    config = _config(folder)
+def build(source: str | Path) -> Encoder:
+    """The architecture of an encoder with fresh random weights: the baseline of an evaluation."""
+    if is_elsewhere(source):
+        return _named(str(source), trained=False)
+    config = _config(Path(source))
     cfg, half = config.get("pretrained_cfg", {}), (0.5, 0.5, 0.5)
     # timm also writes down arguments that Encoder sets itself; the kind of pooling is not one: it makes the features.
     args = {name: value for name, value in (config.get("model_args") or {}).items()
@@ -115,13 +127,37 @@ def build(folder: Path) -> Encoder:
     return Encoder(config["architecture"], args, cfg.get("mean", half), cfg.get("std", half))
 
 
-def trained_size(folder: Path) -> int:
-    """The width in pixels of the views that an exported encoder was trained on."""
-    config = _config(folder)
+def _named(source: str, *, trained: bool) -> Encoder:
+    """What timm builds of a name, as the weights' card says that pixels are to be normalised."""
+    name = source.removeprefix("timm:")
     try:
-        return int(config["pretrained_cfg"]["input_size"][-1])
+        found = timm.create_model(name, pretrained=trained, num_classes=0)
+    except Exception as error:      # of networks, caches and hubs each has exceptions of its own
+        close = [] if timm.is_model(name) else difflib.get_close_matches(name.lower(), timm.list_models(), n=3)
+        raise EncoderError(f"encoder={source} cannot be had ({type(error).__name__}: {str(error).splitlines()[0]}); a "
+                           "name of timm's or the hub's needs a network, or the weights in its cache (HF_HOME)"
+                           + (f"; near it: {', '.join(close)}" if close else "")) from None
+    card = cast(Any, found).pretrained_cfg
+    encoder = Encoder(name, {}, card["mean"], card["std"])
+    if trained:
+        encoder.network.load_state_dict(found.state_dict())
+    return encoder
+
+
+def card(source: str | Path) -> dict[str, Any]:
+    """What an encoder says of itself: of ours under `ssl_dist`, among it the µm/px that it was trained at."""
+    if is_elsewhere(source):
+        return {"pretrained_cfg": dict(cast(Any, _named(str(source), trained=False).network).pretrained_cfg)}
+    return _config(Path(source))
+
+
+def trained_size(source: str | Path) -> int:
+    """The width in pixels of the views that an encoder was trained on."""
+    told = card(source)
+    try:
+        return int(told["pretrained_cfg"]["input_size"][-1])
     except (KeyError, TypeError, IndexError, ValueError):
-        raise EncoderError(f"{folder}/config.json does not say the size of its input; set size=") from None
+        raise EncoderError(f"{source}/config.json does not say the size of its input; set size=") from None
 
 
 def salted(salt: str, word: str) -> str:
@@ -129,9 +165,15 @@ def salted(salt: str, word: str) -> str:
     return hashlib.blake2b(f"{salt}{word}".encode(errors="surrogateescape"), digest_size=12).hexdigest()
 
 
-def digest(folder: Path) -> str:
-    """SHA-256 of the weights of an exported folder."""
-    with (folder / "model.safetensors").open("rb") as handle:
+def digest(source: str | Path) -> str:
+    """SHA-256 of the weights: of an exported folder's file, else of every tensor in turn."""
+    if is_elsewhere(source):
+        found = hashlib.sha256()
+        for name, tensor in load(source).network.state_dict().items():
+            found.update(name.encode())
+            found.update(tensor.contiguous().numpy().tobytes())
+        return found.hexdigest()
+    with (Path(source) / "model.safetensors").open("rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 

@@ -1,0 +1,217 @@
+"""What protocols share: features kept and read again, encoders from elsewhere, doubts that are said, comparisons."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from shards import index
+from ssl_dist import config
+from ssl_dist.config import ConfigError, Eval, EvalData
+from ssl_dist.eval import features, knn, protocol
+from ssl_dist.models import encoder as encoders
+from ssl_dist.models.encoder import Encoder, EncoderError, salted
+
+HALF = (0.5,) * 3
+
+
+@pytest.fixture
+def exported(tmp_path: Path) -> Path:
+    return saved(tmp_path / "first" / "encoder", 0)
+
+
+def saved(folder: Path, seed: int, **about: Any) -> Path:
+    torch.manual_seed(seed)
+    Encoder("test_resnet", {}, HALF, HALF).save(folder, 64, about)
+    return folder
+
+
+def evaluated(encoder: Path | str, shard: Path, **changes: Any) -> dict[str, Any]:
+    settings = Eval(**{"encoder": str(encoder), "data": EvalData([shard]), "protocol": "knn", "size": 64,
+                       "k": 5, "batch": 32, "baselines": [], **changes})
+    return knn.run(settings, torch.device("cpu"), 2, lambda *_: None)
+
+
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many tiles are looked at by an encoder."""
+    seen: list[int] = []
+    forward = Encoder.forward
+
+    def counting(self: Encoder, pixels: torch.Tensor) -> torch.Tensor:
+        if pixels.device.type != "meta":
+            seen.append(len(pixels))
+        return forward(self, pixels)
+
+    monkeypatch.setattr(Encoder, "forward", counting)
+    return seen
+
+
+# ---- the cache
+
+def test_what_was_computed_once_is_read_again_and_gives_the_same(exported: Path, shard: Path,
+                                                                 monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = counted(monkeypatch)
+    first = evaluated(exported, shard, baselines=["random", "colours"])
+    assert sum(seen) == 2 * (first["counts"]["bank"] + first["counts"]["queries"])
+    seen.clear()
+    monkeypatch.setattr(features, "colours", None)
+    assert evaluated(exported, shard, baselines=["random", "colours"]) == first
+    assert not seen
+
+
+@pytest.mark.parametrize("change", [{"size": 48}, {"precision": "bf16"}, {"cache": False}])
+def test_whatever_decides_the_features_is_in_their_key(change: dict[str, Any], exported: Path, shard: Path,
+                                                       monkeypatch: pytest.MonkeyPatch) -> None:
+    evaluated(exported, shard)
+    seen = counted(monkeypatch)
+    evaluated(exported, shard, **change)
+    assert seen
+    seen.clear()
+    saved(exported, 1)
+    evaluated(exported, shard)
+    assert seen, "other weights in the same folder"
+
+
+def test_other_tiles_have_other_features(exported: Path, shard: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    evaluated(exported, shard)
+    seen = counted(monkeypatch)
+    evaluated(exported, shard, data=EvalData([shard], bank="test", query="train"))
+    assert not seen, "each split for itself"
+    labels = [index.NO_LABEL if number % 5 == 0 else label
+              for number, label in enumerate(index.samples(shard)["label"].to_pylist())]
+    evaluated(exported, relabelled(shard, exported.parent / "fewer", label=labels))
+    assert seen
+
+
+def test_features_that_were_damaged_are_computed_anew(exported: Path, shard: Path, monkeypatch: pytest.MonkeyPatch,
+                                                      caplog: pytest.LogCaptureFixture) -> None:
+    first = evaluated(exported, shard)
+    kept = sorted((exported.parent / "eval" / "features").glob("*.npy"))
+    assert len(kept) == 2
+    data = bytearray(kept[0].read_bytes())
+    data[-3] ^= 1
+    kept[0].write_bytes(data)
+    kept[1].write_bytes(kept[1].read_bytes()[:-8])
+    seen = counted(monkeypatch)
+    assert evaluated(exported, shard) == first
+    assert sum(seen) == first["counts"]["bank"] + first["counts"]["queries"]
+    assert caplog.text.count("is damaged and is computed anew") == 2
+
+
+# ---- encoders
+
+def test_another_encoder_is_a_baseline_and_is_compared_on_the_same_drawings(exported: Path, shard: Path,
+                                                                            tmp_path: Path) -> None:
+    other = saved(tmp_path / "other" / "encoder", 1)
+    result = evaluated(exported, shard, baselines=[str(other)])
+    alone = evaluated(other, shard)
+    told = result["baselines"][str(other)]
+    assert {name: told[name] for name in alone["metrics"]} == alone["metrics"]
+    against = result["against"][str(other)]["accuracy"]
+    assert against["difference"] == pytest.approx(result["metrics"]["accuracy"] - told["accuracy"], abs=2e-4)
+    assert against["interval"][0] <= against["difference"] <= against["interval"][1]
+    low, high = result["intervals"]["accuracy"]
+    assert low <= result["metrics"]["accuracy"] <= high
+
+
+def test_a_name_of_timm_is_taken_with_its_own_normalisation(shard: Path, tmp_path: Path,
+                                                            monkeypatch: pytest.MonkeyPatch) -> None:
+    """The weights come from the network; what lies in its stead here are ours, under timm's name."""
+    create, built = encoders.timm.create_model, {}
+
+    def offline(name: str, pretrained: bool = False, **more: Any) -> Any:
+        torch.manual_seed(5 if pretrained else 6)
+        network = create(name, pretrained=False, **more)
+        built[pretrained] = network
+        return network
+
+    monkeypatch.setattr(encoders.timm, "create_model", offline)
+    found = encoders.load("timm:test_resnet")
+    first = built[True].state_dict()
+    assert all(torch.equal(value, first[name]) for name, value in found.network.state_dict().items())
+    card = built[True].pretrained_cfg
+    assert (found.mean, found.std) == (tuple(card["mean"]), tuple(card["std"]))
+    result = evaluated("timm:test_resnet", shard, out=tmp_path / "out")
+    assert result["encoder"]["architecture"] == "test_resnet"
+    assert len(result["encoder"]["sha256"]) == 64
+    assert result["seen_in_pretraining"] is None
+
+
+def test_a_name_whose_weights_cannot_be_had_is_refused_in_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(EncoderError, match=r"timm:resnett18 cannot be had .*near it: .*resnet18"):
+        encoders.load("timm:resnett18")
+
+
+@pytest.mark.parametrize(("words", "said"), [
+    (["encoder=nowhere"], "encoder='nowhere' does not exist"),
+    (["encoder=.", "baselines=[rndom]"], "baselines='rndom' does not exist"),
+    (["encoder=.", "data.query=train"], "both 'train'")])
+def test_what_is_no_encoder_is_said_before_anything_is_loaded(words: list[str], said: str, shard: Path) -> None:
+    with pytest.raises(ConfigError, match=said):
+        config.load(Eval, "eval/linear", [*words, f"data.shards=[{shard}]"])
+
+
+def test_results_of_an_encoder_that_is_no_folder_go_below_eval(shard: Path) -> None:
+    assert Eval("hf-hub:MahmoodLab/UNI", EvalData([shard])).home == Path("eval/hf-hub_MahmoodLab_UNI")
+    assert Eval("runs/a/encoder", EvalData([shard])).home == Path("runs/a/eval")
+
+
+# ---- doubts
+
+def relabelled(shard: Path, copy: Path, **columns: object) -> Path:
+    """The same tars under a table of other words."""
+    copy.mkdir()
+    for path in [shard / "index.json", *shard.glob("*.tar")]:
+        (copy / path.name).symlink_to(path)
+    index.write_samples(copy, index.samples(shard).to_pydict() | columns)
+    return copy
+
+
+def pretrained_on(encoder: Path, shard: Path, split: str, *kinds: str) -> None:
+    """An encoder that says it saw these of a split, as an export says it."""
+    seen = features.labelled([shard], split)
+    words = {"tiles": [digest.hex() for digest in seen.reader.column("digest", seen.rows)], "slides": seen.slides,
+             "patients": seen.patients}
+    (encoder / "pretraining.json").write_text(json.dumps({"salt": "s", **{
+        name: [salted("s", word) for word in set(each)] if name in kinds else [] for name, each in words.items()}}))
+
+
+def test_an_encoder_that_saw_the_very_tiles_is_caught_and_one_that_saw_others_of_their_patients(
+        exported: Path, shard: Path, tmp_path: Path) -> None:
+    pretrained_on(exported, shard, "test", "tiles", "slides", "patients")
+    result = evaluated(exported, shard)
+    assert result["seen_in_pretraining"]["tiles"] == result["counts"]["queries"]
+    assert "too good" in result["warnings"][0]
+    pretrained_on(exported, shard, "test", "patients")
+    result = evaluated(exported, shard)
+    assert result["seen_in_pretraining"] == {"tiles": 0, "slides": 0, "patients": result["counts"]["query_patients"]}
+    assert "too good" in result["warnings"][0]
+    pretrained_on(exported, shard, "train", "tiles", "slides", "patients")
+    assert evaluated(exported, shard)["warnings"] == []
+
+
+def test_another_resolution_than_the_encoder_was_trained_at_is_said(shard: Path, tmp_path: Path) -> None:
+    (shown,) = {round(float(each), 3) for each in index.samples(shard)["mpp"].to_pylist()}
+    assert evaluated(saved(tmp_path / "a" / "encoder", 0, mpp=[shown * 1.05]), shard)["warnings"] == []
+    (words,) = evaluated(saved(tmp_path / "b" / "encoder", 0, mpp=[shown / 2]), shard)["warnings"]
+    assert f"tiles of {shown:g} µm/px, and the encoder was trained at {shown / 2:g}" in words
+
+
+def test_features_that_are_no_numbers_are_refused(exported: Path, shard: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Encoder, "forward", lambda self, pixels: torch.full((len(pixels), self.width), np.nan))
+    with pytest.raises(EncoderError, match="no numbers"):
+        evaluated(exported, shard)
+
+
+def test_the_probability_of_every_class_is_what_the_figures_are_of(exported: Path, shard: Path) -> None:
+    result = evaluated(exported, shard)
+    assert set(result["metrics"]) == {"accuracy", "balanced_accuracy", "macro_f1", "auroc", "quadratic_kappa",
+                                      "calibration_error"}
+    counts = np.array(result["confusion"])
+    assert counts.sum() == result["counts"]["queries"]
+    assert result["metrics"]["accuracy"] == pytest.approx(np.trace(counts) / counts.sum(), abs=1e-4)
+    assert protocol.APART > 0
