@@ -43,9 +43,9 @@ def settle(run: Path, launch: str, ended: int) -> int:
         account = json.loads((run / "run.json").read_text())
         attempt = account["attempts"][-1]
         if attempt["launch"] != launch or attempt["outcome"]:
-            return code(run, launch) or ended
+            return ended if (own := code(run, launch)) is None else own
     except (OSError, ValueError, KeyError, TypeError, IndexError):
-        return code(run, launch) or ended
+        return ended if (own := code(run, launch)) is None else own
     told = [each for path in sorted(run.glob("logs/rank-*.exit.json")) if (each := _read(path)).get("launch") == launch]
     ended = next((each["exit_code"] for each in told if each.get("exit_code")), ended)
     words = next((each["error"] for each in told if each.get("error")), f"the ranks ended with {ended}, and none said "

@@ -34,7 +34,10 @@ from torch.distributed.run import main
 logging.disable(logging.CRITICAL)
 try:
     main(sys.argv[1:])
-except (ChildFailedError, SignalException):
+except ChildFailedError as error:
+    code = error.get_first_failure()[1].exitcode
+    sys.exit(code if code > 0 else 128 - code)
+except SignalException:
     sys.exit(1)
 """
 

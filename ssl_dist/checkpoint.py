@@ -42,8 +42,10 @@ class CheckpointError(RuntimeError):
 class Saver:
     """The checkpoints of one run, at most one in the making. All ranks call it alike, between two steps."""
 
-    def __init__(self, root: Path, engine: Engine, told: config.Checkpoint, check: Callable[[], None] = lambda: None):
-        """`check` refuses to write where the folder is no longer ours."""
+    def __init__(self, root: Path, engine: Engine, told: config.Checkpoint, check: Callable[[], None] = lambda: None,
+                 mark: str = ""):
+        """`check` refuses to write where the folder is no longer ours; `mark` is in the names of what is half-written.
+        """
         self.root, self.engine, self.told, self.check = root, engine, told, check
         self._thread: threading.Thread | None = None
         self._step = -1                 # of the one in the making
@@ -52,6 +54,8 @@ class Saver:
         self._failures = 0              # in a row
         self._begun = time.monotonic()
         self._sound: set[int] = set()   # older steps whose files were read beside this save, and hold what they say
+        self._mark = mark
+        self._hasty = False             # the one in the making is waited for: nothing is proved, and nothing removed
 
     def due(self) -> bool:
         """Whether so much time has passed that a checkpoint is wanted at any step; of rank 0's clock."""
@@ -67,10 +71,14 @@ class Saver:
         """Whether this rank still writes."""
         return self._thread is not None and self._thread.is_alive()
 
-    def begin(self, step: int, state: dict[str, Any]) -> None:
-        """Takes the state as it is now and writes it, in a thread where memory has room for a copy."""
+    def begin(self, step: int, state: dict[str, Any], *, hasty: bool = False) -> None:
+        """Takes the state as it is now and writes it, in a thread where memory has room for a copy.
+
+        Each file is read back, for an older checkpoint goes because this one is good; `hasty` does neither.
+        """
         assert not self.pending, "the checkpoint before this one was not published"
         self._step, self._files, self._failure, self._begun = step, [], None, time.monotonic()
+        self._hasty = hasty
         points.at("save.begin", step)
         content = self._content(step, state)
         dist.once(self._prepare)
@@ -95,7 +103,7 @@ class Saver:
 
     @property
     def _draft(self) -> Path:
-        return self.root / f".{name(self._step)}.tmp"
+        return self.root / f".{name(self._step)}{self._mark and '.'}{self._mark}.tmp"
 
     def _prepare(self) -> None:
         try:
@@ -114,10 +122,10 @@ class Saver:
                 points.at_side("save.file", self._step, self._draft / file)
                 folder.write(self._draft / file, data)
                 self._files.append({"name": file, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()})
-            for told in self._files:        # an older one goes because this one is good: so look
+            for told in () if self._hasty else self._files:
                 if problem := _wrong(self._draft, told["name"], told["bytes"], told["sha256"], afresh=True):
                     raise StorageError(errno.EIO, f"{problem} as soon as it was written")
-            if dist.rank() == 0:
+            if dist.rank() == 0 and not self._hasty:
                 self._reread()
         except Exception as error:      # of a thread; `publish` tells it to all
             self._failure = error
@@ -164,13 +172,15 @@ class Saver:
             points.at("save.manifest", self._step, draft / "MANIFEST.json")
             folder.write_json(draft / "MANIFEST.json", {"format": FORMAT, "step": self._step, "world": dist.world(),
                                                         "files": files})
+            self.check()        # the disk may have taken its time
             shutil.rmtree(final, ignore_errors=True)        # a folder of this step that did not verify
             points.at("save.rename", self._step, draft / "weights.safetensors")
             folder.publish(draft, final)
         except OSError as error:
             return error
         points.at("save.keep", self._step, final / "weights.safetensors")
-        self._retire()
+        if not self._hasty:
+            self._retire()
         return None
 
     def _retire(self) -> None:
@@ -186,10 +196,11 @@ class Saver:
                 sound += step == self._step or step in self._sound or not verify(self.root / name(step))
 
     def _reread(self) -> None:
-        """Looks for one older checkpoint that is still good, here where nobody waits."""
+        """Looks for one older checkpoint that is still good, if any is to go; in a thread nobody waits for it."""
         self._sound.clear()
-        for step in steps(self.root):
-            if step < self._step and not self._sound and not verify(self.root / name(step)):
+        older = [step for step in steps(self.root) if step < self._step]
+        for step in older if len(older) >= self.told.keep else ():
+            if not self._sound and not verify(self.root / name(step)):
                 self._sound.add(step)
 
     def _need(self) -> int:

@@ -628,7 +628,7 @@ def export(run: Annotated[Path, typer.Argument(help="A run folder.")], debug: De
 
     with lock.hold(run) as owner:
         owner.alone()
-        say(str(trainer.from_checkpoint(config.load_train(str(path), [f"run={run}"]), run)))
+        say(str(trainer.from_checkpoint(config.load_train(str(path), [f"run={run}"]), run, owner)))
 
 
 @app.command()

@@ -34,6 +34,8 @@ class NoMeeting(RuntimeError):
     alone = True
 
 
+# What gloo, NCCL and torch's store say where the other end is gone.
+LOST = ("connection closed", "connection reset", "connection refused", "broken pipe", "remote process exited", "socket")
 PATIENCE = timedelta(minutes=10)        # with a rank that does not answer
 _patience = PATIENCE
 TRIES = 16              # ports, where others may listen on some
@@ -67,8 +69,8 @@ def _one_gone() -> Iterator[None]:
     """What torch says of a rank that ended while the others were looking for it, in a sentence."""
     try:
         yield
-    except (c10d.DistError, RuntimeError) as error:
-        if isinstance(error, NoMeeting):
+    except RuntimeError as error:
+        if isinstance(error, NoMeeting) or not any(word in str(error).lower() for word in (*LOST, "timed out")):
             raise
         raise NoMeeting(f"the ranks have not come together, one may have ended ({str(error).splitlines()[0]}); run the "
                         "same command again") from error
@@ -81,10 +83,11 @@ def _meet(name: str, stack: contextlib.ExitStack) -> c10d.Store:
     name += f":{first}"         # of torchrun, each round has another
     ports = [first + number if first + number < 65_536 else first - number for number in range(TRIES)]
     if os.environ["RANK"] == "0":
+        both: Any = {"family": socket.AF_INET6, "dualstack_ipv6": True} if socket.has_dualstack_ipv6() else {}
         store = c10d.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=_patience)
         for port in ports:
             with contextlib.suppress(OSError):
-                asked = stack.enter_context(socket.create_server(("", port), backlog=1024))
+                asked = stack.enter_context(socket.create_server(("", port), backlog=1024, **both))
                 threading.Thread(target=_tell, args=(asked, f"{name} {store.port}\n".encode()), daemon=True).start()
                 return store
         raise NoMeeting(f"ports {first} to {ports[-1]} of {host} are all taken; run the same command again")
@@ -174,7 +177,8 @@ def local_world() -> int:
 def cores() -> int:
     """Cores that this process may use: its own under SLURM, whether bound to them or not; else its share of all."""
     here = len(os.sched_getaffinity(0))
-    if MEETING in os.environ and (own := os.environ.get("SLURM_CPUS_PER_TASK", "")).isdigit():
+    by_srun = MEETING in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ
+    if by_srun and (own := os.environ.get("SLURM_CPUS_PER_TASK", "")).isdigit():
         return max(1, min(here, int(own)))
     return max(1, here // local_world())
 

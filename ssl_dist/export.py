@@ -3,7 +3,7 @@
 import hashlib
 import json
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +41,9 @@ it tests on what was trained on, without naming anyone. The licence of the data 
 """
 
 
-def export(encoder: Encoder, train: configs.Train, reader: Reader, step: int, out: Path) -> Path:
-    """Writes the folder whole under its name."""
+def export(encoder: Encoder, train: configs.Train, reader: Reader, step: int, out: Path,
+           check: Callable[[], None] = lambda: None) -> Path:
+    """Writes the folder whole under its name; `check` refuses where it may no longer be written."""
     from ssl_dist import __version__
 
     draft = folder.make(out.with_name(f".{out.name}.tmp"))
@@ -60,6 +61,7 @@ def export(encoder: Encoder, train: configs.Train, reader: Reader, step: int, ou
                                               f"{card.get('licence')})" for card in cards)))
     folder.write(draft / "pretraining.json", json.dumps({**facts, "method": train.method["name"], "step": step,
                                                          "seen": step * train.data.batch}) + "\n")
+    check()
     shutil.rmtree(out, ignore_errors=True)
     folder.publish(draft, out)
     return out

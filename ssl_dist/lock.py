@@ -23,6 +23,7 @@ from shards.folder import FolderInUse
 logger = logging.getLogger(__name__)
 
 BEAT = 2.0              # seconds between two signs of life
+LATE = 120.0            # seconds until a file is seen on every machine
 SILENCE = 10 * BEAT     # without a sign of life, and its writer is dead; NFS may show one seconds late
 SHARED = ("nfs", "lustre", "gpfs", "beegfs", "ceph", "cifs", "smb", "fuse", "9p", "glusterfs", "panfs", "wekafs")
 
@@ -35,28 +36,32 @@ class Owner:
         self._since, self._seen = time.monotonic(), False
 
     def write(self, *, left: bool = False) -> None:
-        """Puts our token there; once more when all is over, for it stays: what is not there, somebody took away."""
+        """Puts our token there; once more when rank 0 ends. It stays: what is not there, somebody took away."""
         folder.make(self.path.parent)
         folder.write_json(self.path, {"token": self.token, "host": socket.gethostname(), "boot": _boot(),
                                       "pid": os.getpid(), "job": os.environ.get("SLURM_JOB_ID", ""), "left": left})
-        self._seen = True
+        self._since, self._seen = time.monotonic(), True
 
     def check(self) -> None:
         """Refuses to go on where another took the folder over; a disk that does not answer raises what it says.
 
-        Until this machine has seen the token once it may see what was there before: NFS shows things late.
+        Until this machine has seen the token once it may for a while see what was there before: NFS shows things late.
         """
-        try:
-            told = _told(self.path.read_text())
-        except FileNotFoundError:
-            told = {}
+        for _ in range(5):      # not every disk replaces a file at one go
+            try:
+                told = _told(self.path.read_text())
+            except FileNotFoundError:
+                told = {}
+            if told or not self._seen:
+                break
+            time.sleep(BEAT / 20)
         if told.get("token") == self.token:
             self._seen = True
-        elif self._seen:
+        elif self._seen or time.monotonic() - self._since > LATE:
             raise FolderInUse(f"{self.path.parent.parent} was taken over by {_words(told)} while this process gave no "
                               "sign of life; it ends, and leaves the folder as it is" if told else
-                              f"{self.path} is gone: whoever took it away, or removed the folder and made it anew, may "
-                              "write there now; this process ends")
+                              f"{self.path} is gone, or no longer what was written: whoever took it away, or made the "
+                              "folder anew, may write there now; this process ends")
 
     def alone(self) -> None:
         """Waits, where locks may not reach all who see the folder, until of two who came at once one has gone."""

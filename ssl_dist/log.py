@@ -56,16 +56,27 @@ class Log:
         self._check = check
         if dist.rank():
             return
-        # What a killed attempt wrote beyond its last checkpoint is told and drawn no more.
-        _purge(run / "metrics.jsonl", start)
-        self._jsonl = (run / "metrics.jsonl").open("a", buffering=1)
-        self._board = SummaryWriter(str(run / "tb"), purge_step=start + 1 if start else None)
+        self._run = run
+        self.goes_back(start)
         console = Console(file=sys.stderr)
         self._console, self._steps = console, steps
         self._bar = Progress(TextColumn("[bold]train"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
                              TextColumn("{task.fields[figures]}"), console=console, disable=not console.is_terminal)
         self._task = self._bar.add_task("train", total=steps, completed=start, figures="")
         self._bar.start()
+
+    def goes_back(self, step: int) -> None:
+        """What was written of later steps, by a killed attempt or by this one, is told and drawn no more."""
+        if dist.rank():
+            return
+        self._check()
+        if self._jsonl is not None and self._board is not None:
+            self._jsonl.close()
+            with self._board_may_be_lost(step):
+                self._board.close()
+        _purge(self._run / "metrics.jsonl", step)
+        self._jsonl = (self._run / "metrics.jsonl").open("a", buffering=1)
+        self._board = SummaryWriter(str(self._run / "tb"), purge_step=step + 1)
 
     def advance(self, step: int) -> None:
         """Moves the bar."""

@@ -28,9 +28,6 @@ logger = logging.getLogger(__name__)
 HEARTBEAT = 10.0        # seconds between two signs of life in run.json
 PATIENCE = 5            # seconds that a survivor waits for rank 0's word; torchrun leaves it thirty
 
-# What gloo and NCCL say where the other end is gone.
-LOST = ("connection closed", "connection reset", "connection refused", "broken pipe", "remote process exited", "socket")
-
 PACKAGES = ("ssl_dist", "torch", "torchvision", "timm", "deepspeed", "nvidia-dali-cuda130", "nvidia-dali-cuda120",
             "numpy", "opencv-python-headless", "openslide-bin", "pyarrow", "omegaconf", "safetensors")
 
@@ -59,7 +56,7 @@ class Run:
         self.path, self.owner, self._beat, self._speaker = path / "run.json", owner, 0.0, dist.rank() == 0
         before = _before(self.path)
         for attempt in before["attempts"]:
-            # Whoever did not say goodbye was killed: we hold the lock now, so nobody else is alive.
+            # Whoever did not say goodbye was killed; a rank of it that lives ends when it looks whose folder this is.
             attempt["outcome"] = attempt["outcome"] or "killed"
         self.content: dict[str, Any] = {
             "state": "running", "exit_code": None, "error": None, "step": before.get("step", 0), "steps": steps,
@@ -130,8 +127,8 @@ class Run:
 
     def _write(self) -> None:
         if self._speaker:
-            self.owner.check()
             self._beat = time.monotonic()
+            self.owner.check()
             folder.write_json(self.path, self.content | {"heartbeat": now()})
 
 
@@ -158,14 +155,18 @@ def _before(path: Path) -> dict[str, Any]:
 
 def cause(error: BaseException, path: Path, owner: lock.Owner) -> BaseException:
     """The failure to report: our own, or, where a peer's death broke a collective, the peer's."""
-    lost = isinstance(error, RuntimeError) and any(word in str(error).lower() for word in LOST)
+    lost = isinstance(error, RuntimeError) and any(word in str(error).lower() for word in dist.LOST)
     logger.info("ended by %s", error, exc_info=error)        # the whole story for the log; one line goes to the person
     if not lost:
         last_words(path, owner, getattr(error, "exit_code", 1), str(error))
         return error
     for _ in range(20):         # the peer writes its reason before it goes; give it two seconds
         for other in sorted(path.glob("logs/rank-*.exit.json")):
-            if (reason := json.loads(other.read_text())).get("attempt") != owner.token:
+            try:
+                reason = json.loads(other.read_text())
+            except (OSError, ValueError):       # another attempt clears away
+                continue
+            if reason.get("attempt") != owner.token:
                 continue
             failure = PeerDied(f"rank {int(other.name[5:10])} ended: {reason['error']}")
             failure.exit_code = reason["exit_code"] if reason["exit_code"] != 1 else PeerDied.exit_code
@@ -187,7 +188,7 @@ def last_words(path: Path, owner: lock.Owner, exit_code: int, error: str) -> Non
 def forget(path: Path) -> None:
     """Drops the last words of an earlier attempt, so that nobody takes them for ours."""
     for words in path.glob("logs/rank-*.exit.json"):
-        words.unlink()
+        words.unlink(missing_ok=True)
 
 
 def end_with_launcher() -> None:

@@ -103,7 +103,7 @@ def train(settings: Train, allowed: Sequence[str] = ()) -> int:
         owner = dist.once(lambda: stack.enter_context(lock.hold(path)))
         if dist.rank():
             owner = lock.Owner(path, owner.token)
-        dist.once(lambda: _clear(path))
+        dist.once(lambda: _greet(path, owner))
         # At once: on a disk whose locks end at the machine, who gives no sign of life is taken for dead.
         watching = Watch(path, dist.rank(), dist.world(), hang=settings.hang, grace=settings.grace, owner=owner,
                          account=lambda state, code, words: run.breaks_off(state, code, words) if run else
@@ -123,14 +123,15 @@ def train(settings: Train, allowed: Sequence[str] = ()) -> int:
             found = checkpoint.agreed(path / "checkpoints")
             if found and _finished(found, identity, settings, path, allowed):
                 return 0
-            dist.once(owner.alone)
-            dist.once(lambda: checkpoint.clean(path / "checkpoints"))
+            dist.once(lambda: _clear(path, owner))
             run = runs.Run(path, owner, settings.steps, device, reached)
             own = _built(settings, path, run, device, reader, identity, found, watching, asked, owner)
             stack.callback(own.log.close)
             stack.callback(own.loader.close)
             run.reaches("network")
-            return _train(own, checkpoint.load(found, own.engine) if found else 0)
+            code = _train(own, checkpoint.load(found, own.engine) if found else 0)
+            watching.over = True
+            return code
         except BaseException as error:
             failure = runs.cause(error, path, owner)
             if run:
@@ -138,12 +139,20 @@ def train(settings: Train, allowed: Sequence[str] = ()) -> int:
             raise failure from error
 
 
-def _clear(path: Path) -> None:
-    """Drops what ranks of an earlier attempt said, and what somebody said to them."""
+def _greet(path: Path, owner: lock.Owner) -> None:
+    """Before any rank watches: drops an earlier attempt's signs of life, and what somebody said to its ranks."""
+    owner.check()
     watch.forget(path)
-    runs.forget(path)
     if not os.environ.get(runs.LAUNCH):      # who types this wants it to go on, whatever was cancelled before
         (path / account.STOP).unlink(missing_ok=True)
+
+
+def _clear(path: Path, owner: lock.Owner) -> None:
+    """Before the first thing is written that lasts: drops what an earlier attempt said at its end or left half-done."""
+    owner.alone()
+    watch.forget(path, stacks=True)
+    runs.forget(path)
+    checkpoint.clean(path / "checkpoints")
 
 
 def _built(settings: Train, path: Path, run: runs.Run, device: torch.device, reader: Reader, identity: dict[str, Any],
@@ -162,11 +171,12 @@ def _built(settings: Train, path: Path, run: runs.Run, device: torch.device, rea
     way = dist.once(lambda: _way(settings, reader, stream, device, threads, before.get("way")))
     run.starts_at(start)
     if dist.rank() == 0:
+        owner.check()
         folder.write(path / "config.yaml", schema.dump(settings))
         folder.write_json(path / "env.json", runs.environment())
     own = Parts(settings, path, run, device, engine, method,
                 _loader(settings, path, reader, stream, method, device, threads, way),
-                checkpoint.Saver(path / "checkpoints", engine, settings.checkpoint, owner.check),
+                checkpoint.Saver(path / "checkpoints", engine, settings.checkpoint, owner.check, owner.token),
                 Log(path, settings.steps, start, owner.check),
                 Ledger(path, reader, owner.check) if settings.debug.ledger else None, watching,
                 finite.Statistics(method), asked,
@@ -194,8 +204,7 @@ def _train(own: Parts, start: int) -> int:
         return PREEMPTED
     if step == settings.steps and dist.rank() == 0:
         points.at("export", step)
-        own.saver.check()
-        export.export(_encoder(own.method), settings, own.loader.reader, step, own.path / "encoder")
+        export.export(_encoder(own.method), settings, own.loader.reader, step, own.path / "encoder", own.saver.check)
     dist.barrier()
     run.ends("done" if step == settings.steps else "stopped", 0, step)
     return 0
@@ -243,7 +252,7 @@ def _loop(own: Parts, step: int, last: int) -> int:
         if ends or due or step % settings.checkpoint.every == 0:
             if saver.pending:
                 own.publish()
-            saver.begin(step, own.kept)
+            saver.begin(step, own.kept, hasty=stopping)
         if ends:
             own.publish(must=True)
             own.watch.saved = True
@@ -283,6 +292,7 @@ def _rewound(own: Parts) -> int:
         raise NotFinite("nonfinite=rewind, and there is no checkpoint to go back to yet; use a smaller "
                         "checkpoint.every, or nonfinite=skip")
     step = checkpoint.load(found, own.engine)
+    own.log.goes_back(step)
     own.log.warn(f"goes back to step {step}, and on from there without the batches of steps "
                  f"{', '.join(map(str, own.left_out))}", step)
     return step
@@ -388,7 +398,7 @@ def replay(home: Path) -> dict[str, Any]:
         dist.stop()
 
 
-def from_checkpoint(settings: Train, path: Path) -> Path:
+def from_checkpoint(settings: Train, path: Path, owner: lock.Owner) -> Path:
     """Exports the encoder of the newest sound checkpoint of a run folder."""
     newest = checkpoint.newest(path / "checkpoints")
     if newest is None:
@@ -396,7 +406,7 @@ def from_checkpoint(settings: Train, path: Path) -> Path:
     method = build(settings)
     method.load_state_dict(checkpoint.weights(newest))
     return export.export(_encoder(method), settings, _reader(settings),
-                         checkpoint.state(newest)["step"], path / "encoder")
+                         checkpoint.state(newest)["step"], path / "encoder", owner.check)
 
 
 def _reader(settings: Train) -> Reader:

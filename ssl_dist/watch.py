@@ -49,6 +49,7 @@ class Watch:
         self.path, self.rank, self.world, self.hang, self.grace, self.owner = path, rank, world, hang, grace, owner
         self.settled = False        # the first step is over
         self.saved = False          # the last checkpoint of this attempt is complete: nothing is lost any more
+        self.over = False           # the run has come to its end: whoever takes the folder now takes it from nobody
         self._pause = max(BEAT, world / CROWD)
         self._account, self._beat, self._asked = account, 0, 0.0
         self._closing = False
@@ -79,6 +80,8 @@ class Watch:
                     self._end_ousted(str(error))
                 except (OSError, ValueError) as error:      # of a disk that refuses for a while nobody dies
                     logger.info("watching: %s", error)
+            if self._closing:
+                return
             pause = BEAT if self.rank == 0 or self._asked else self._pause
             heard, _, _ = select.select([self._ear], [], [], pause)
             for number in self._ear.recv(64) if heard else b"":
@@ -107,6 +110,7 @@ class Watch:
             "attempt": self.owner.token, "beat": self._beat, "host": host(), "pid": os.getpid(), "point": here.point,
             "step": here.step, "seconds": round(time.monotonic() - here.since, 1), "frame": _frame()}))
         draft.replace(path)         # not synced: it need not outlive a power cut
+        self.owner.check()          # a disk that was away for a while is back just now
 
     def _look(self) -> None:
         here, now = points.where(), time.monotonic()
@@ -123,6 +127,8 @@ class Watch:
 
     def _end_ousted(self, sentence: str) -> None:
         """Ends where the folder is another's by now, in which nothing is to be written any more."""
+        if self.over or self._closing:
+            return
         sys.stderr.write(f"ssl-dist: error: {sentence}\n")
         sys.stderr.flush()
         os._exit(FolderInUse.exit_code)
@@ -190,9 +196,10 @@ def alive(path: Path, attempt: str | None = None) -> dict[int, dict[str, Any]]:
     return found
 
 
-def forget(path: Path) -> None:
-    """Drops an earlier attempt's signs. Only for who holds the run folder, before any rank watches."""
-    for file in (*path.glob("alive/rank-*.json"), *path.glob("alive/hang"), *path.glob("stacks/rank-*.txt")):
+def forget(path: Path, *, stacks: bool = False) -> None:
+    """Drops an earlier attempt's signs, or its stacks. Only for who holds the run folder."""
+    for file in path.glob("stacks/rank-*.txt") if stacks else (*path.glob("alive/rank-*.json"),
+                                                               *path.glob("alive/hang")):
         file.unlink(missing_ok=True)
 
 

@@ -301,6 +301,35 @@ def test_an_older_one_goes_only_while_two_are_left_that_were_read_and_are_good(e
         assert len(good) == 2
 
 
+def test_what_is_waited_for_is_written_and_nothing_more(engine: Engine, tmp_path: Path,
+                                                        monkeypatch: pytest.MonkeyPatch) -> None:
+    """Asked to stop, with seconds left: no file is read, and no checkpoint goes for which another would have to be."""
+    saver = checkpoint.Saver(tmp_path, engine, config.Checkpoint(keep=2))
+    for step in (1, 2):
+        saver.begin(step, {})
+        saver.publish(must=True)
+    wrong = checkpoint._wrong
+    monkeypatch.setattr(checkpoint, "_wrong", None)
+    saver.begin(3, {}, hasty=True)
+    assert saver.publish(must=True)
+    assert checkpoint.steps(tmp_path) == [3, 2, 1]
+    monkeypatch.setattr(checkpoint, "_wrong", wrong)
+    saver.begin(4, {})
+    saver.publish(must=True)
+    assert checkpoint.steps(tmp_path) == [4, 3]
+
+
+def test_two_attempts_write_their_halves_under_names_of_their_own(engine: Engine, tmp_path: Path) -> None:
+    savers = [checkpoint.Saver(tmp_path, engine, config.Checkpoint(background=False), mark=mark) for mark in "ab"]
+    for saver in savers:
+        saver.begin(3, {})
+    assert {each.name for each in tmp_path.iterdir()} == {".step-000003.a.tmp", ".step-000003.b.tmp"}
+    assert savers[1].publish()
+    assert checkpoint.verify(tmp_path / "step-000003") == []
+    checkpoint.clean(tmp_path)
+    assert [each.name for each in tmp_path.iterdir()] == ["step-000003"]
+
+
 def test_what_comes_back_otherwise_from_the_disk_is_no_checkpoint(engine: Engine, tmp_path: Path,
                                                                  monkeypatch: pytest.MonkeyPatch) -> None:
     saver = checkpoint.Saver(tmp_path, engine, config.Checkpoint(keep=2))

@@ -181,7 +181,7 @@ def pretrained_on(encoder: Path, shard: Path, split: str, *kinds: str) -> None:
 
 
 def test_an_encoder_that_saw_the_very_tiles_is_caught_and_one_that_saw_others_of_their_patients(
-        exported: Path, shard: Path, tmp_path: Path) -> None:
+        exported: Path, shard: Path) -> None:
     pretrained_on(exported, shard, "test", "tiles", "slides", "patients")
     result = evaluated(exported, shard)
     assert result["seen_in_pretraining"]["tiles"] == result["counts"]["queries"]

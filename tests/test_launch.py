@@ -109,6 +109,8 @@ def test_a_rank_takes_the_cores_that_slurm_gave_it(monkeypatch: pytest.MonkeyPat
     for given, cores in (("1", 1), (str(here), here), (str(64 * here), here)):      # the last: bound to what it has
         monkeypatch.setenv("SLURM_CPUS_PER_TASK", given)
         assert dist.cores() == cores
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "7")      # torchrun in such a task: its ranks share what the task has
+    assert dist.cores() == max(1, here // 64)
 
 
 def test_ranks_meet_where_others_listen_on_their_port(tmp_path: Path) -> None:
@@ -189,6 +191,14 @@ def test_an_end_that_nobody_could_tell_of_is_written_down(tmp_path: Path) -> Non
     assert (told["state"], told["exit_code"], told["attempts"][-1]["outcome"]) == ("failed", 137, "failed")
     assert "killed by signal 9" in told["error"]
     assert account.settle(run, "7.0", 1) == 137, "what is written stays"
+
+
+def test_a_run_that_is_done_is_done_though_a_rank_stumbled_on_its_way_out(tmp_path: Path) -> None:
+    run = run_folder(tmp_path)
+    told = json.loads((run / "run.json").read_text())
+    told["attempts"][-1]["outcome"] = "done"
+    (run / "run.json").write_text(json.dumps({**told, "state": "done", "exit_code": 0}))
+    assert account.settle(run, "7.0", 134) == 0
 
 
 def test_a_rank_that_left_a_reason_is_believed_before_the_launcher(tmp_path: Path) -> None:

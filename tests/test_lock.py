@@ -122,6 +122,16 @@ def test_where_the_token_is_taken_away_nothing_is_written_any_more(tmp_path: Pat
     assert not (tmp_path / "alive" / "owner.json").exists()
 
 
+def test_a_token_that_is_away_for_a_moment_is_looked_for_again(tmp_path: Path) -> None:
+    """As where a disk replaces a file in two steps."""
+    with lock.hold(tmp_path) as owner:
+        content = owner.path.read_text()
+        for between in ("", None):
+            owner.path.unlink() if between is None else owner.path.write_text(between)
+            threading.Timer(0.01, owner.path.write_text, (content,)).start()
+            owner.check()
+
+
 def test_a_disk_that_does_not_answer_proves_nothing(tmp_path: Path) -> None:
     with lock.hold(tmp_path) as owner:
         owner.path.unlink()
@@ -135,6 +145,10 @@ def test_a_rank_that_sees_the_token_late_is_patient_until_it_has_seen_it(tmp_pat
     of_another_machine(tmp_path)
     rank = lock.Owner(tmp_path, "ours")
     rank.check()        # what its machine still shows is older
+    rank._since -= lock.LATE + 1
+    with pytest.raises(FolderInUse, match="process 4711"):
+        rank.check()
+    rank._since += lock.LATE
     rank.path.write_text(json.dumps({**json.loads(rank.path.read_text()), "token": "ours"}))
     rank.check()
     of_another_machine(tmp_path)

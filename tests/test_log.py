@@ -42,6 +42,18 @@ def test_who_goes_on_from_an_earlier_step_takes_back_what_was_told_of_later_ones
     assert steps(tmp_path) == []
 
 
+def test_a_run_that_goes_back_within_itself_tells_each_step_once(tmp_path: Path) -> None:
+    log = Log(tmp_path, 100, 0)
+    for step in (1, 2, 3):
+        log.write(step, ROW)
+    log.goes_back(1)
+    log.write(2, {**ROW, "loss": 7.0})
+    log.close()
+    assert steps(tmp_path) == [1, 2]
+    board = EventAccumulator(str(tmp_path / "tb")).Reload()
+    assert [(each.step, each.value) for each in board.Scalars("loss")] == [(1, 1.0), (2, 7.0)]
+
+
 def test_a_run_that_went_further_once_is_said_to_be_where_it_is(tmp_path: Path) -> None:
     logged(tmp_path, 0, 10, 20, 30)
     logged(tmp_path, 20)
@@ -59,14 +71,21 @@ def test_rows_that_are_in_order_are_not_written_again(tmp_path: Path) -> None:
 
 
 def test_nothing_is_told_in_a_folder_that_is_another_s(tmp_path: Path) -> None:
-    def taken() -> None:
-        raise FolderInUse("taken over")
+    theirs: list[bool] = []
 
-    log = Log(tmp_path, 100, 0, taken)
+    def check() -> None:
+        if theirs:
+            raise FolderInUse("taken over")
+
+    log = Log(tmp_path, 100, 0, check)
+    log.write(1, ROW)
+    theirs.append(True)
     with pytest.raises(FolderInUse):
-        log.write(1, ROW)
+        log.write(2, ROW)
+    with pytest.raises(FolderInUse):
+        Log(tmp_path, 100, 0, check)
     log.close()
-    assert steps(tmp_path) == []
+    assert steps(tmp_path) == [1]
 
 
 FULL = """

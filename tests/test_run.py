@@ -66,6 +66,14 @@ def test_a_survivor_speaks_where_rank_0_of_its_own_attempt_says_nothing(tmp_path
     assert (told(tmp_path)["state"], told(tmp_path)["exit_code"]) == ("failed", 7)
 
 
+def test_last_words_that_are_cleared_away_or_torn_are_none(tmp_path: Path) -> None:
+    owner = of(tmp_path, "ours")
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "rank-00000.exit.json").write_text('{"exit')
+    (tmp_path / "logs" / "rank-00001.exit.json").symlink_to(tmp_path / "gone")
+    assert "is gone without a word" in str(runs.cause(GONE, tmp_path, owner))
+
+
 def test_last_words_of_an_earlier_attempt_are_no_peer_s(tmp_path: Path) -> None:
     runs.last_words(tmp_path, of(tmp_path, "old"), 9, "the disk was full")
     owner = of(tmp_path, "new")
