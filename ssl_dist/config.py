@@ -243,7 +243,7 @@ class Eval:
 
     encoder: str = field(metadata={"help": "an encoder folder, or timm:NAME or hf-hub:OWNER/NAME"})
     data: EvalData
-    protocol: str = field(default="knn", metadata={"choices": ("knn", "linear")})
+    protocol: str = field(default="knn", metadata={"choices": ("knn", "linear", "low", "finetune")})
     out: Path | None = field(default=None, metadata={"help": "folder of results; null: eval/ beside the encoder"})
     cache: bool = field(default=True, metadata={"help": "keep features in OUT/features, and compute them once"})
     precision: str = field(default="fp32", metadata={"choices": ("fp32", "bf16"), "help": "of the encoder"})
@@ -253,7 +253,16 @@ class Eval:
     temperature: float = field(default=0.07, metadata={"range": (1e-3, 100), "help": "knn: of the votes"})
     baselines: list[str] = field(default_factory=lambda: ["random"], metadata={
         "help": "random: the same network untrained; colours: histograms; or another encoder, as encoder= takes it"})
-    batch: int = field(default=256, metadata={"range": (1, 10**6)})
+    shares: list[float] = field(default_factory=lambda: [0.01, 0.05, 0.1, 0.25, 0.5], metadata={
+        "help": "low: parts of the bank's labels that are known"})
+    per_class: list[int] = field(default_factory=list, metadata={"help": "low: labels of each class that are known"})
+    draws: int = field(default=5, metadata={"range": (1, 1000), "help": "low: choices of those labels"})
+    epochs: int = field(default=10, metadata={"range": (1, 10**4), "help": "finetune: passes over the bank"})
+    lr: float = field(default=5e-4, metadata={"range": (1e-9, 100), "help": "finetune: of the head, at the top"})
+    layer_decay: float = field(default=0.75, metadata={"range": (0.01, 1), "help": "finetune: of lr, from a layer to "
+                                                                                   "the one before it"})
+    weight_decay: float = field(default=0.05, metadata={"range": (0, 10), "help": "finetune"})
+    batch: int = field(default=256, metadata={"range": (1, 10**6), "help": "tiles looked at together"})
     threads: int = field(default=0, metadata={"range": (0, 1024), "help": "0: all cores"})
     device: str = field(default="auto", metadata={"choices": ("auto", "cpu", "cuda")})
     seed: int = field(default=0, metadata={"range": (0, 2**32 - 1), "help": "of the random baseline, and of what is "
@@ -261,7 +270,9 @@ class Eval:
 
     def rules(self) -> list[str]:
         """What cannot be said of one value alone."""
-        broken = []
+        broken = [f"shares has {each:g}, which is no part of the labels; write 0.1 for a tenth" for each in self.shares
+                  if not 0 < each < 1]
+        broken += [f"per_class has {each}; one label of a class is the least" for each in self.per_class if each < 1]
         if self.data.bank == self.data.query:
             broken.append(f"data.bank and data.query are both {self.data.bank!r}: every tile would find itself")
         for key, sources in (("encoder", [self.encoder]), ("baselines", self.baselines)):

@@ -4,7 +4,7 @@ S tiles of the split   D width of a vector
 """
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,21 +66,28 @@ def labelled(shards: list[Path], split: str) -> Split:
 def extract(encoder: Encoder, split: Split, *, size: int, batch: int, threads: int, device: torch.device,
             progress: Callable[[int, int], None], precision: str = "fp32") -> Tensor:
     """Features (S, D) of every tile of the split, in its order, on the CPU."""
-    encoder = encoder.eval().to(device)
+    encoder, features, done = encoder.eval().to(device), [], 0
+    for places, pixels in tiles(split, np.arange(len(split.rows)), size=size, batch=batch, threads=threads):
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+            features.append(encoder(pixels.to(device)).float().cpu())
+        done += len(places)
+        progress(done, len(split.rows))
+    return torch.cat(features)
+
+
+def tiles(split: Split, places: np.ndarray, *, size: int, batch: int,
+          threads: int) -> Iterator[tuple[np.ndarray, Tensor]]:
+    """Tiles by their places in a split, a batch at a time: those places, and pixels (B, size, size, 3) of the whole."""
     opencv.one_thread()
     decoder = Decoder(batch, threads)
-    features = []
     with ThreadPoolExecutor(threads) as pool:
-        for first in range(0, len(split.rows), batch):
-            rows = split.rows[first:first + batch]
-            pictures = decoder.open(split.reader.read(rows))
-            pixels = torch.from_numpy(opencv.resized(pictures, len(rows), size, pool)).to(device)
+        for first in range(0, len(places), batch):
+            own = places[first:first + batch]
+            pictures = decoder.open(split.reader.read(split.rows[own]))
+            pixels = torch.from_numpy(opencv.resized(pictures, len(own), size, pool))
             if pictures.bad:
-                raise Undecodable(pictures.bad, rows, split.reader)
-            with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-                features.append(encoder(pixels).float().cpu())
-            progress(min(first + batch, len(split.rows)), len(split.rows))
-    return torch.cat(features)
+                raise Undecodable(pictures.bad, split.rows[own], split.reader)
+            yield own, pixels
 
 
 def colours(split: Split, *, batch: int, threads: int, progress: Callable[[int, int], None]) -> Tensor:

@@ -34,6 +34,7 @@ class Verdict:
 
     scores_QC: np.ndarray                                           # of every query, how likely each class is
     facts: dict[str, Any] = field(default_factory=dict)             # what was chosen on the way, for the result
+    curve: list[dict[str, Any]] = field(default_factory=list)       # figures that depend on something, a row a value
 
 
 class Source:
@@ -59,13 +60,14 @@ class Source:
         def make() -> Tensor:
             if self.name == "colours":
                 return features.colours(split, batch=settings.batch, threads=threads, progress=progress)
-            return features.extract(self._network(settings.seed), split, size=self.size, batch=settings.batch,
+            return features.extract(self.network(settings.seed), split, size=self.size, batch=settings.batch,
                                     threads=threads, device=device, progress=progress, precision=settings.precision)
 
-        return cache.get({"of": self.digest, "size": self.size, "precision": settings.precision, **split.identity},
-                         make)
+        return cache.get({"of": self.digest, "size": self.size, "precision": settings.precision,
+                          "torch": torch.__version__, **split.identity}, make)
 
-    def _network(self, seed: int) -> encoders.Encoder:
+    def network(self, seed: int) -> encoders.Encoder:
+        """The encoder with its weights."""
         if self.name != "random":
             return encoders.load(self._path)
         torch.manual_seed(seed)
@@ -78,23 +80,32 @@ Judge = Callable[[Tensor, Split, Tensor, Split], Verdict]           # features o
 def run(settings: Eval, judge: Judge, device: torch.device, threads: int, progress: Progress,
         allow: Callable[[Split], None] = lambda _: None,
         draw: Callable[[Split, Split, Path], list[str]] = lambda *_: []) -> dict[str, Any]:
-    """Judges the encoder and every baseline; writes and returns the result.
+    """Judges the encoder and every baseline by their features; writes and returns the result.
 
     `allow` refuses a bank that cannot be judged by, before anything is computed; `draw` may add pictures.
     """
+    cache = Cache(settings.home / "features" if settings.cache else None)
+
+    def judged(source: Source, bank: Split, query: Split) -> Verdict:
+        vectors = [source.features(split, cache, settings, device, threads,
+                                   functools.partial(progress, f"{source.name}, {name}"))
+                   for name, split in (("bank", bank), ("query", query))]
+        if not all(bool(each.isfinite().all()) for each in vectors):
+            raise encoders.EncoderError(f"{source.name} gives features that are no numbers; its weights are damaged")
+        return judge(vectors[0], bank, vectors[1], query)
+
+    return compare(settings, judged, allow, draw)
+
+
+def compare(settings: Eval, judged: Callable[[Source, Split, Split], Verdict],
+            allow: Callable[[Split], None] = lambda _: None,
+            draw: Callable[[Split, Split, Path], list[str]] = lambda *_: []) -> dict[str, Any]:
+    """What `judged` makes of the encoder and of every baseline, in figures; writes and returns the result."""
     sources = [Source(what, settings) for what in ("encoder", *settings.baselines)]
     with _compared(settings) as (bank, query):
         allow(bank)
-        cache = Cache(settings.home / "features" if settings.cache else None)
-        verdicts = {}
-        for source in sources:
-            vectors = [source.features(split, cache, settings, device, threads,
-                                       functools.partial(progress, f"{source.name}, {name}"))
-                       for name, split in (("bank", bank), ("query", query))]
-            if not all(bool(each.isfinite().all()) for each in vectors):
-                raise encoders.EncoderError(f"{source.name} gives features that are no numbers; its weights are "
-                                            "damaged")
-            verdicts[source.name] = judge(vectors[0], bank, vectors[1], query)
+        verdicts = {source.name: judged(source, bank, query) for source in sources}
+        curves = {what: verdict.curve for what, verdict in verdicts.items() if verdict.curve}
         truth_Q = query.labels_S.numpy()
         measures = {what: metrics.classification(truth_Q, verdict.scores_QC) for what, verdict in verdicts.items()}
         drawn, own = intervals.drawings(query.groups, settings.seed), verdicts.pop("encoder")
@@ -114,6 +125,7 @@ def run(settings: Eval, judge: Judge, device: torch.device, threads: int, progre
                        "bank_patients": len(set(bank.patients) - {UNKNOWN}),
                        "query_patients": len(set(query.patients) - {UNKNOWN}), "shared_patients": 0,
                        "unknown_patients": query.patients.count(UNKNOWN)},
+            **({"curves": curves} if curves else {}),
             "seen_in_pretraining": seen,
             "classes": bank.classes, "confusion": counts_CC.astype(int).tolist(), "pictures": draw(bank, query, out),
             "warnings": _doubts(settings.encoder, query, seen),

@@ -13,6 +13,7 @@ import timm
 import torch
 from safetensors import SafetensorError
 from timm.models import save_for_hf
+from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
 
 ELSEWHERE = "timm:", "hf-hub:"      # encoders that are no folder here: timm's own, and those on the Hugging Face hub
@@ -63,6 +64,13 @@ class Encoder(nn.Module):
             raise EncoderError(f"{self.name} with encoder.args={self.args} takes no {rows} tiles of {size} pixels "
                                f"({error}); a ViT needs encoder.args.img_size={size}, or "
                                "encoder.args.dynamic_img_size=true for views of several sizes") from None
+
+    def groups(self, lr: float, weight_decay: float, decay: float) -> list[dict[str, Any]]:
+        """Parameter groups for fine-tuning: each layer learns `decay` times as fast as the one after it, and vectors
+        are not decayed."""
+        found = param_groups_layer_decay(self.network, weight_decay=weight_decay, layer_decay=decay)
+        return [{"params": list(each["params"]), "weight_decay": each["weight_decay"], "lr": lr * each["lr_scale"]}
+                for each in found]
 
     def checkpoint(self) -> None:
         """From now on activations are computed a second time for the backward pass instead of being kept."""
