@@ -1,11 +1,13 @@
-"""Images in HDF5 files, as PatchCamelyon is published: many to a file, their labels in a neighbour. The only h5py."""
+"""HDF5: images in, as PatchCamelyon is published, labels in a neighbour; a slide's vectors out. The only h5py."""
 
 import csv
+import io
 from pathlib import Path
 
 import h5py
 import numpy as np
 
+from shards import folder
 from shards.index import ShardError
 
 
@@ -30,6 +32,16 @@ def read(path: Path, array: str, first: int, last: int) -> tuple[np.ndarray, lis
         return pixels, [""] * len(pixels)
     with _open(neighbour) as file:
         return pixels, _labels(file, neighbour, images, first, last)
+
+
+def write_bag(path: Path, features_ND: np.ndarray, coords_N2: np.ndarray, facts: dict[str, str | float]) -> None:
+    """A slide's vectors and where its tiles lie, whole under its name."""
+    buffer = io.BytesIO()
+    with h5py.File(buffer, "w") as file:
+        file.create_dataset("features", data=features_ND.astype(np.float32))
+        file.create_dataset("coords", data=coords_N2.astype(np.int64))
+        file.attrs.update(facts)
+    folder.write(path, buffer.getvalue())
 
 
 def neighbours(path: Path) -> list[Path]:

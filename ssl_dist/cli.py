@@ -604,6 +604,10 @@ def evaluate(config: Config, overrides: Overrides = None, print_config: PrintCon
         threads = settings.threads or len(os.sched_getaffinity(0))
         result = protocol.run(settings, dist.device(settings.device), threads, progress)
     between = {name: " ({:.3f} to {:.3f})".format(*edges) for name, edges in result["intervals"].items()}
+    if settings.protocol == "embed":
+        say("{tiles} tiles of {slides} slides, {width} numbers each, in ".format(**result["counts"]) +
+            str(settings.home))
+        return None
     say(f"{settings.protocol}: " + ", ".join(f"{name} {value:.3f}{between.get(name, '')}"
                                              for name, value in result["metrics"].items()))
     for words in result["warnings"]:

@@ -235,6 +235,11 @@ class EvalData:
     shards: list[Path] = field(metadata={"exists": True, "some": True, "help": "labelled shard folders"})
     bank: str = field(default="train", metadata={"help": "split whose labels are known"})
     query: str = field(default="test", metadata={"help": "split whose labels are guessed"})
+    hold: str = field(default="", metadata={
+        "choices": ("", "patient", "slide", "site"),
+        "help": "hold out whole patients, slides, or sites (TCGA) of split bank as the query; empty: split query"})
+    part: float = field(default=0.25, metadata={"range": (0.01, 0.9), "help": "of the tiles, that hold= holds out"})
+    split: str = field(default="", metadata={"help": "embed: only tiles of this split; empty: all"})
 
 
 @dataclass
@@ -243,7 +248,7 @@ class Eval:
 
     encoder: str = field(metadata={"help": "an encoder folder, or timm:NAME or hf-hub:OWNER/NAME"})
     data: EvalData
-    protocol: str = field(default="knn", metadata={"choices": ("knn", "linear", "low", "finetune")})
+    protocol: str = field(default="knn", metadata={"choices": ("knn", "linear", "sgd", "low", "finetune", "embed")})
     out: Path | None = field(default=None, metadata={"help": "folder of results; null: eval/ beside the encoder"})
     cache: bool = field(default=True, metadata={"help": "keep features in OUT/features, and compute them once"})
     precision: str = field(default="fp32", metadata={"choices": ("fp32", "bf16"), "help": "of the encoder"})
@@ -257,11 +262,19 @@ class Eval:
         "help": "low: parts of the bank's labels that are known"})
     per_class: list[int] = field(default_factory=list, metadata={"help": "low: labels of each class that are known"})
     draws: int = field(default=5, metadata={"range": (1, 1000), "help": "low: choices of those labels"})
+    optimizer: str = field(default="sgd", metadata={"choices": ("sgd", "adamw"), "help": "sgd: which one it is"})
+    rates: list[float] = field(default_factory=lambda: [1e-3, 1e-2, 1e-1, 1.0, 10.0], metadata={
+        "some": True, "help": "sgd: learning rates, of which the best is taken"})
+    steps: int = field(default=5000, metadata={"range": (1, 10**7), "help": "sgd"})
+    patience: float = field(default=1.0, metadata={"range": (0.01, 1), "help": "sgd: part of the steps without gain, "
+                                                                               "after which it ends"})
     epochs: int = field(default=10, metadata={"range": (1, 10**4), "help": "finetune: passes over the bank"})
     lr: float = field(default=5e-4, metadata={"range": (1e-9, 100), "help": "finetune: of the head, at the top"})
     layer_decay: float = field(default=0.75, metadata={"range": (0.01, 1), "help": "finetune: of lr, from a layer to "
                                                                                    "the one before it"})
-    weight_decay: float = field(default=0.05, metadata={"range": (0, 10), "help": "finetune"})
+    weight_decay: float = field(default=0.05, metadata={"range": (0, 10), "help": "finetune, sgd"})
+    write: list[str] = field(default_factory=lambda: ["parquet", "h5"], metadata={
+        "choices": ("parquet", "h5"), "some": True, "help": "embed: a table, and a file a slide"})
     batch: int = field(default=256, metadata={"range": (1, 10**6), "help": "tiles looked at together"})
     threads: int = field(default=0, metadata={"range": (0, 1024), "help": "0: all cores"})
     device: str = field(default="auto", metadata={"choices": ("auto", "cpu", "cuda")})
@@ -272,8 +285,9 @@ class Eval:
         """What cannot be said of one value alone."""
         broken = [f"shares has {each:g}, which is no part of the labels; write 0.1 for a tenth" for each in self.shares
                   if not 0 < each < 1]
+        broken += [f"rates has {each:g}; a learning rate is more than 0" for each in self.rates if not each > 0]
         broken += [f"per_class has {each}; one label of a class is the least" for each in self.per_class if each < 1]
-        if self.data.bank == self.data.query:
+        if self.data.bank == self.data.query and not self.data.hold:
             broken.append(f"data.bank and data.query are both {self.data.bank!r}: every tile would find itself")
         for key, sources in (("encoder", [self.encoder]), ("baselines", self.baselines)):
             for source in sources:

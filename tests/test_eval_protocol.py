@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from shards import index
+from shards.index import ShardError
 from ssl_dist import config
 from ssl_dist.config import ConfigError, Eval, EvalData
 from ssl_dist.eval import features, knn, protocol
@@ -158,6 +159,48 @@ def test_what_is_no_encoder_is_said_before_anything_is_loaded(words: list[str], 
 def test_results_of_an_encoder_that_is_no_folder_go_below_eval(shard: Path) -> None:
     assert Eval("hf-hub:MahmoodLab/UNI", EvalData([shard])).home == Path("eval/hf-hub_MahmoodLab_UNI")
     assert Eval("runs/a/encoder", EvalData([shard])).home == Path("runs/a/eval")
+
+
+# ---- what is held out
+
+def cohort(shard: Path, copy: Path, patients: list[str], slides: list[str]) -> features.Split:
+    """The painted tiles as if of other patients and slides, in turns."""
+    count = index.samples(shard).num_rows
+    many = relabelled(shard, copy, split=[""] * count, label=[number % 2 for number in range(count)],
+                      patient=[patients[number // 3 % len(patients)] for number in range(count)],
+                      slide=[slides[number // 3 % len(slides)] for number in range(count)])
+    return features.labelled([many], "")
+
+
+@pytest.mark.parametrize("by", ["patient", "slide", "site"])
+@pytest.mark.parametrize("part", [0.1, 0.5])
+def test_what_is_held_out_is_whole_and_as_much_as_was_asked_for(by: str, part: float, shard: Path,
+                                                               tmp_path: Path) -> None:
+    patients = [f"TCGA-{site}-{number}" for number in range(4) for site in ("A1", "B2", "C3", "D4", "E5")]
+    split = cohort(shard, tmp_path / "many", patients, [f"s{number}" for number in range(len(patients))])
+    sides = [features.held_out(split, by, part, seed) for seed in range(4)]
+    for bank, query in sides:
+        names = [{{"patient": patient, "slide": slide, "site": patient[5:7]}[by]
+                  for patient, slide in zip(side.patients, side.slides, strict=True)} for side in (bank, query)]
+        assert not names[0] & names[1]
+        assert sorted([*bank.rows, *query.rows]) == split.rows.tolist()
+        assert abs(len(query.rows) / len(split.rows) - part) < (0.15 if by == "site" else 0.06)
+        assert bank.labels_S.unique().tolist() == query.labels_S.unique().tolist() == [0, 1]
+    assert len({tuple(query.rows) for _, query in sides}) > 1, "another seed holds others out"
+
+
+def test_what_cannot_be_held_out_is_said(shard: Path, tmp_path: Path) -> None:
+    with pytest.raises(ShardError, match="of 1 patients no part can be held out"):
+        features.held_out(cohort(shard, tmp_path / "one", ["p"], ["s"]), "patient", 0.5, 0)
+    with pytest.raises(ShardError, match="'p' is none"):
+        features.held_out(cohort(shard, tmp_path / "other", ["p"], ["s"]), "site", 0.5, 0)
+
+
+def test_an_evaluation_may_hold_out_patients_of_one_split(exported: Path, shard: Path, tmp_path: Path) -> None:
+    cohort(shard, tmp_path / "many", ["a", "b", "c", "d"], ["s", "t", "u", "v"])
+    result = evaluated(exported, tmp_path / "many", data=EvalData([tmp_path / "many"], bank="", query="",
+                                                                  hold="patient"))
+    assert (result["counts"]["bank_patients"], result["counts"]["query_patients"]) == (3, 1)
 
 
 # ---- doubts

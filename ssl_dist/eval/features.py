@@ -4,6 +4,7 @@ S tiles of the split   D width of a vector
 """
 
 import hashlib
+import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ from ssl_dist.data.loader import Undecodable
 from ssl_dist.data.reader import Reader
 from ssl_dist.models.encoder import Encoder
 
+TRIES = 50      # drawings of what is held out
+
 
 @dataclass
 class Split:
@@ -32,6 +35,11 @@ class Split:
     classes: list[str]
     patients: list[str]             # one a tile
     slides: list[str]
+
+    def part(self, chosen: np.ndarray) -> "Split":
+        """Those of its tiles."""
+        return Split(self.reader, self.rows[chosen], self.labels_S[torch.from_numpy(chosen)], self.classes,
+                     [self.patients[each] for each in chosen], [self.slides[each] for each in chosen])
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -60,6 +68,39 @@ def labelled(shards: list[Path], split: str) -> Split:
     rows = rows[known]
     return Split(reader, rows, torch.from_numpy(labels[known]).long(), list(classes[0]), reader.column("patient", rows),
                  reader.column("slide", rows))
+
+
+def held_out(split: Split, by: str, part: float, seed: int) -> tuple[Split, Split]:
+    """A split in two, of whole patients, slides or sites: what is left, and as nearly as can be a part of the tiles."""
+    names = _sites(split) if by == "site" else {"patient": split.groups, "slide": np.array(split.slides)}[by]
+    found, place_S = np.unique(names, return_inverse=True)
+    sizes, labels = np.bincount(place_S), split.labels_S.numpy()
+    numbers = np.random.default_rng(seed)
+    for _ in range(TRIES):
+        order = numbers.permutation(len(found))
+        # Up to that group with which the part is met most nearly, but never all.
+        off = np.abs(np.cumsum(sizes[order])[:-1] - part * len(names))
+        held = np.isin(place_S, order[:int(off.argmin()) + 1]) if len(off) else np.zeros(len(names), bool)
+        if len({*labels[held]}) == len({*labels[~held]}) == len({*labels}):
+            return split.part(np.flatnonzero(~held)), split.part(np.flatnonzero(held))
+    raise ShardError(f"of {len(found)} {by}s no part can be held out so that every class is on both sides; take more "
+                     f"{by}s, another part=, or leave a class out")
+
+
+def _sites(split: Split) -> np.ndarray:
+    """Where each tile comes from, by the second word of TCGA's names: TCGA-A2-A0CM is of A2."""
+    codes = [re.match(r"TCGA-(\w{2})-", patient, re.IGNORECASE) for patient in split.patients]
+    if strange := [patient for patient, code in zip(split.patients, codes, strict=True) if code is None][:1]:
+        raise ShardError(f"hold=site knows sites by TCGA's names alone, and {strange[0]!r} is none")
+    return np.array([code.group(1).upper() for code in codes if code])
+
+
+def every(shards: list[Path], split: str = "") -> Split:
+    """All tiles of a split, or of all, with labels or without."""
+    reader = Reader(shards, split)
+    rows = reader.all_rows()
+    return Split(reader, rows, torch.from_numpy(np.array(reader.column("label", rows))).long(), [],
+                 reader.column("patient", rows), reader.column("slide", rows))
 
 
 @torch.inference_mode()

@@ -138,16 +138,20 @@ def compare(settings: Eval, judged: Callable[[Source, Split, Split], Verdict],
 @contextlib.contextmanager
 def _compared(settings: Eval) -> Iterator[tuple[Split, Split]]:
     """Both splits, if a figure of merit between them would mean something."""
-    bank = features.labelled(settings.data.shards, settings.data.bank)
-    query = features.labelled(settings.data.shards, settings.data.query)
+    data = settings.data
+    bank = features.labelled(data.shards, data.bank)
+    if data.hold:
+        bank, query = features.held_out(bank, data.hold, data.part, settings.seed)
+    else:
+        query = features.labelled(data.shards, data.query)
     with contextlib.closing(bank.reader), contextlib.closing(query.reader):
-        for name, split in ((settings.data.bank, bank), (settings.data.query, query)):
+        for name, split in ((data.bank, bank), (data.query, query)):
             if len(split.labels_S.unique()) < 2:
                 raise ShardError(f"split {name!r} holds one class only: every guess would be right; label more classes")
         if shared := sorted(set(bank.patients) & set(query.patients) - {UNKNOWN}):
-            raise ShardError(f"{len(shared)} patients are in both {settings.data.bank!r} and {settings.data.query!r} ("
-                             f"{shared[0]!r}, …): tiles of one patient resemble each other, so the score would be too "
-                             "good; split by patient and shard again")
+            raise ShardError(f"{len(shared)} patients are in both {data.bank!r} and {data.query!r} ({shared[0]!r}, …): "
+                             "tiles of one patient resemble each other, so the score would be too good; shard again "
+                             "with a split by patient, or use data.hold=patient")
         yield bank, query
 
 

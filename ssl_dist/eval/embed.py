@@ -1,0 +1,79 @@
+"""Vectors of every tile, labelled or not, for other programs: a Parquet table, and a file a slide as CLAM and TRIDENT
+read it (`features`, and `coords` in pixels of level 0).
+
+S tiles   D width
+"""
+
+import contextlib
+import functools
+import io
+import re
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from shards import arrays, folder
+from ssl_dist.config import Eval
+from ssl_dist.eval import features
+from ssl_dist.eval.cache import Cache
+from ssl_dist.eval.protocol import Progress, Source
+
+COLUMNS = ("key", "dataset", "slide", "patient", "x", "y", "mpp", "label", "split")
+
+
+def run(settings: Eval, device: torch.device, threads: int, progress: Progress) -> dict[str, Any]:
+    """Computes, writes, and says what was written."""
+    source = Source("encoder", settings)
+    split = features.every(settings.data.shards, settings.data.split)
+    with contextlib.closing(split.reader):
+        vectors_SD = source.features(split, Cache(settings.home / "features" if settings.cache else None), settings,
+                                     device, threads, functools.partial(progress, "encoder")).numpy()
+        out = folder.make(settings.home)
+        table = {name: split.reader.column(name, split.rows) for name in COLUMNS}
+        if "parquet" in settings.write:
+            _parquet(vectors_SD, table, source, out / "embeddings.parquet")
+        slides = _bags(vectors_SD, table, source, folder.make(out / "h5")) \
+            if "h5" in settings.write else len(set(table["slide"]))
+    result = {"protocol": "embed", "size": source.size, "encoder": {
+        "path": settings.encoder, "architecture": source.architecture, "sha256": source.digest},
+        "counts": {"tiles": len(vectors_SD), "slides": slides, "width": vectors_SD.shape[1]}, "metrics": {},
+        "intervals": {}, "baselines": {}, "warnings": [], "written": settings.write}
+    folder.write_json(out / "embed.json", result)
+    return result
+
+
+def _parquet(vectors_SD: np.ndarray, table: dict[str, list], source: Source, path: Path) -> None:
+    """One row a tile, its vector a list of fixed length."""
+    flat = pa.array(vectors_SD.ravel().astype(np.float32))
+    columns = pa.table({**table, "features": pa.FixedSizeListArray.from_arrays(flat, vectors_SD.shape[1])})
+    columns = columns.replace_schema_metadata({"encoder": source.architecture, "sha256": source.digest})
+    buffer = io.BytesIO()
+    pq.write_table(columns, buffer)
+    folder.write(path, buffer.getvalue())
+
+
+def _bags(vectors_SD: np.ndarray, table: dict[str, list], source: Source, home: Path) -> int:
+    """A file a slide, its tiles from the top left on; how many."""
+    _, slide_S = np.unique(np.array([f"{dataset}/{slide}" for dataset, slide in zip(
+        table["dataset"], table["slide"], strict=True)]), return_inverse=True)
+    place_S2 = np.stack([table["x"], table["y"]], axis=1).astype(np.int64)
+    count = int(slide_S.max()) + 1
+    for number in range(count):
+        own = np.flatnonzero(slide_S == number)
+        own = own[np.lexsort((place_S2[own, 0], place_S2[own, 1]))]
+        dataset, slide, patient = (table[name][own[0]] for name in ("dataset", "slide", "patient"))
+        arrays.write_bag(home / f"{file_name(dataset, slide)}.h5", vectors_SD[own], place_S2[own], {
+            "slide": slide, "patient": patient, "dataset": dataset, "mpp": float(table["mpp"][own[0]]),
+            "encoder": source.architecture, "encoder_sha256": source.digest, "size": source.size})
+    return count
+
+
+def file_name(dataset: str, slide: str) -> str:
+    """A slide's name as a file's: what may not stand in one becomes _, and then names differ by a number."""
+    plain = re.sub(r"[^\w.-]+", "_", slide)
+    return plain if plain == slide else f"{plain}-{zlib.crc32(f'{dataset}/{slide}'.encode()):08x}"
