@@ -302,6 +302,56 @@ def _spread(mean: float, deviation: float) -> str:
     return f"{mean:.1f} ± {deviation:.1f}" if deviation else f"{mean:.1f}"
 
 
+def worth() -> str:
+    """The table of what encoders are worth: of each method the newest result."""
+    found = valued()
+    if not found:
+        return "Not measured yet."
+    columns = {"kNN": ("knn", "accuracy"), "linear": ("linear", "accuracy"), "AUROC": ("linear", "auroc"),
+               "fine-tuned": ("finetune", "accuracy"), "other organ": ("bone", "balanced_accuracy")}
+    shares = (0.01, 0.1)
+    lines = [f"| encoder | {' | '.join(columns)} | {' | '.join(f'{share:.0%} of labels' for share in shares)} |",
+             "|---" * (1 + len(columns) + len(shares)) + "|"]
+
+    def line(name: str, result: dict, what: str) -> str:
+        cells = []
+        for protocol, metric in columns.values():
+            part = result["protocols"].get(protocol, {})
+            figures = part.get("metrics", {}) if what == "encoder" else part.get("baselines", {}).get(what, {})
+            between = part.get("intervals", {}).get(metric) if what == "encoder" else None
+            cells.append((f"{100 * figures[metric]:.1f}" + ("" if between is None else
+                          f" ({100 * between[0]:.0f} to {100 * between[1]:.0f})")) if metric in figures else "")
+        rows = {row.get("share"): row for row in result["protocols"]["low"]["curves"].get(what, [])}
+        cells += [f"{100 * rows[share]['balanced_accuracy']['mean']:.1f} ± "
+                  f"{100 * rows[share]['balanced_accuracy']['deviation']:.1f}" for share in shares]
+        return f"| {name} | {' | '.join(cells)} |"
+
+    for method, result in sorted(found.items(), key=lambda each: -each[1]["protocols"]["linear"]["metrics"]["auroc"]):
+        lines.append(line(f"[{method}](configs/pretrain/{result['recipe']}.yaml)", result, "encoder"))
+    networks: dict[str, dict] = {}
+    for result in found.values():
+        networks.setdefault(result["config"]["encoder"]["name"].removesuffix("_patch16_224"), result)
+    lines += [line(f"{name}, untrained", result, "random") for name, result in networks.items()]
+    first = next(iter(found.values()))
+    lines.append(line("colour histograms", first, "colours"))
+    counts, bone = (first["protocols"][name]["counts"] for name in ("linear", "bone"))
+    return "\n".join(lines) + (
+        f"\n\nIn %, of one training each (seed {first['seed']}). PatchCamelyon: {counts['bank']:,} tiles to learn from "
+        f"and {counts['queries']:,} to be asked about; in brackets where 95 % of bootstraps lie (over tiles: which "
+        "patients they are of is lost). Few labels: balanced accuracy of a linear probe, mean ± standard deviation of "
+        f"five choices. Other organ: balanced accuracy on {bone['queries']:,} tiles of osteosarcoma of "
+        f"{bone['query_patients']} patients, three classes, a linear probe on {bone['bank']:,} tiles of "
+        f"{bone['bank_patients']} others; intervals over so few patients say little. Fine-tuned: two passes. "
+        f"`python benchmarks/worth.py`; {first['cpu']}, {first['cpus']} cores, torch {first['versions']['torch']}, "
+        f"{max(each['date'] for each in found.values())}.\n\n![balanced accuracy over labels](docs/labels.png)")
+
+
+def valued() -> dict[str, dict]:
+    """Of each method the newest result of what its encoder is worth."""
+    results = [_read(path) for path in sorted(_files("worth_"), key=lambda path: path.stem.rpartition("_")[2])]
+    return {result["method"]: result for result in results}
+
+
 def _newest(prefix: str) -> dict | None:
     files = _files(prefix)
     return _read(files[-1]) if files else None
@@ -316,7 +366,7 @@ def _read(path: Path) -> dict:
 
 
 PARTS = {"tree": tree, "demo": demo, "data": data, "stream": stream, "shard": shard, "train": train, "learn": learn,
-         "safety": safety, "kills": kills, "start": start}
+         "safety": safety, "kills": kills, "start": start, "worth": worth}
 
 
 def main() -> int:
