@@ -1,4 +1,4 @@
-"""What encoders are worth, by every protocol: the five methods' small recipes, the same networks untrained, and colours.
+"""What encoders are worth, by every protocol: the five methods' small recipes, networks untrained, and colours.
 
     python benchmarks/worth.py [--methods simclr …] [--seed 0] [--keep FOLDER]
 

@@ -137,6 +137,9 @@ def full_run(folder: Path, shards: Path, losses: dict[int, float], **config: Any
             "encoder": {"path": "encoder", "architecture": "resnet18", "sha256": "ab"},
             "metrics": {"accuracy": config.get("accuracy", 0.912), "balanced_accuracy": 0.9, "loss_of_probe": 1.75},
             "baselines": {"random": {"accuracy": 0.55, "balanced_accuracy": 0.925, "loss_of_probe": 2.5}},
+            "intervals": {"accuracy": [0.88, 0.934], "loss_of_probe": ["x", None], "gone": 3},
+            "against": {"random": {"accuracy": {"difference": 0.36, "p": 0.002}, "balanced_accuracy": "torn"}, "x": 1},
+            "warnings": ["the patients of 12 query tiles are unknown"],
             "counts": {"bank": 2000, "queries": 700, "shared_patients": 0},
             "classes": ["fat", "gland", "stroma"],
             "confusion": [[90, 10, 0], [5, 15, 0], [0, 0, 0]],
@@ -161,6 +164,18 @@ def run(tmp_path: Path, losses: dict[int, float]) -> Path:
 
 def read(folder: Path, *more: Path) -> Page:
     return Page(page.write([folder, *more], folder / "report.html"))
+
+
+def test_scores_stand_with_their_intervals_their_chances_and_their_doubts(run: Path) -> None:
+    said = read(run)
+    assert "91.2 % 88.0 % to 93.4 %" in said.text
+    assert "p 0.002" in said.text
+    assert "eval/knn.json: the patients of 12 query tiles are unknown" in said.text
+
+
+def test_of_errors_the_smaller_is_the_better() -> None:
+    assert page.Score("knn", "calibration_error", 0.02, {"random": 0.3}, True).better("random")
+    assert not page.Score("knn", "accuracy", 0.02, {"random": 0.3}, True).better("random")
 
 
 def test_the_headline_says_what_the_files_say(run: Path, losses: dict[int, float]) -> None:
@@ -199,9 +214,9 @@ def test_every_curve_is_drawn_where_its_numbers_are(run: Path) -> None:
 def test_differences_are_in_points_for_fractions_only(run: Path) -> None:
     said = read(run)
     assert said.column("scores", "metric") == ["accuracy", "balanced accuracy", "loss of probe"]
-    assert said.column("scores", "this encoder") == ["91.2 %", "90.0 %", "1.75"]
+    assert said.column("scores", "this encoder") == ["91.2 % 88.0 % to 93.4 %", "90.0 %", "1.75"]
     assert said.column("scores", "random") == ["55.0 %", "92.5 %", "2.5"]
-    assert said.column("scores", "difference") == ["+36.2 points", "\N{MINUS SIGN}2.5 points", "-0.75"]
+    assert said.column("scores", "difference") == ["+36.2 points p 0.002", "\N{MINUS SIGN}2.5 points", "-0.75"]
 
 
 def test_the_confusion_matrix_has_recalls(run: Path) -> None:

@@ -60,6 +60,8 @@ class Evaluation:
     protocol: str
     encoder: dict[str, Any]
     metrics: dict[str, float]
+    intervals: dict[str, tuple[float, float]]
+    chances: dict[str, dict[str, float]]  # of a baseline, by metric: how likely no difference would look like this one
     baselines: dict[str, dict[str, float]]
     counts: dict[str, Any]
     classes: list[str]
@@ -255,6 +257,8 @@ def evaluation(file: Path, notes: list[str]) -> Evaluation:
         notes.append(
             f"eval/{file.name}: {shared:,} patients are on both sides of the split; its numbers are too good to be true"
         )
+    doubts = found.get("warnings")
+    notes += [f"eval/{file.name}: {text(words)}" for words in (doubts if isinstance(doubts, list) else [])]
     confusion = square(found.get("confusion"))
     if found.get("confusion") and not confusion:
         notes.append(f"eval/{file.name}: the confusion matrix is not a square of counts and is left out")
@@ -276,12 +280,32 @@ def evaluation(file: Path, notes: list[str]) -> Evaluation:
         protocol=text(found.get("protocol")) or file.stem,
         encoder=found["encoder"] if isinstance(found.get("encoder"), dict) else {},
         metrics=numbers_of(found.get("metrics")),
+        intervals=intervals_of(found.get("intervals")),
+        chances=chances_of(found.get("against")),
         baselines={text(n): numbers_of(v) for n, v in baselines.items()} if isinstance(baselines, dict) else {},
         counts=counts or {},
         classes=classes,
         confusion=confusion,
         pictures=pictures,
     )
+
+
+def intervals_of(value: Any) -> dict[str, tuple[float, float]]:
+    """Of every metric where 95 % of resamplings lie, as far as that is two numbers."""
+    return {
+        text(name): (float(edges[0]), float(edges[1]))
+        for name, edges in (value.items() if isinstance(value, dict) else ())
+        if isinstance(edges, list) and len(edges) == 2 and all(is_number(edge) for edge in edges)
+    }
+
+
+def chances_of(value: Any) -> dict[str, dict[str, float]]:
+    """Of every baseline the p of every metric, as far as they are numbers."""
+    return {
+        text(name): numbers_of({metric: told.get("p") for metric, told in metrics.items() if isinstance(told, dict)})
+        for name, metrics in (value.items() if isinstance(value, dict) else ())
+        if isinstance(metrics, dict)
+    }
 
 
 def square(value: Any) -> list[list[float]]:

@@ -6,7 +6,7 @@ import json
 import math
 import os
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -53,6 +53,12 @@ class Score:
     value: float
     baselines: dict[str, float]
     fraction: bool
+    interval: tuple[float, float] | None = None
+    chances: dict[str, float] = field(default_factory=dict)  # by baseline
+
+    def better(self, baseline: str) -> bool:
+        """Whether the encoder is the better one: of errors the smaller is."""
+        return (self.points(baseline) < 0) if "error" in self.metric else (self.points(baseline) > 0)
 
     def points(self, baseline: str) -> float:
         """The difference: percentage points for fractions, the metric's own unit otherwise."""
@@ -84,7 +90,7 @@ def render(runs: list[collect.Run]) -> str:
     )
     environment.filters.update(
         number=number, count=count, percent=percent, signed=signed, moment=moment, duration=duration, size=size,
-        plain=plain, shown=shown,
+        plain=plain, shown=shown, between=between,
     )  # fmt: skip
     folders = {shards.folder.resolve(): shards for run in reversed(runs) for shards in run.shards}
     users = {f: [r.name for r in runs if f in {s.folder.resolve() for s in r.shards}] for f in folders}
@@ -163,7 +169,9 @@ def scores(run: collect.Run) -> list[Score]:
         for metric, value in evaluation.metrics.items():
             others = {name: numbers[metric] for name, numbers in evaluation.baselines.items() if metric in numbers}
             fraction = all(0 <= one <= 1 for one in (value, *others.values()))
-            found.append(Score(evaluation.name, metric, value, others, fraction))
+            chances = {name: told[metric] for name, told in evaluation.chances.items() if metric in told}
+            interval = evaluation.intervals.get(metric)
+            found.append(Score(evaluation.name, metric, value, others, fraction, interval, chances))
     return found
 
 
@@ -289,6 +297,12 @@ def shown(score: Score, baseline: str = "") -> str:
     """A score, or one of its baselines, as it is read: fractions as percentages."""
     value = score.baselines.get(baseline) if baseline else score.value
     return percent(value) if score.fraction else number(value)
+
+
+def between(edges: tuple[float, float], fraction: bool) -> str:
+    """An interval, in the unit of its score."""
+    low, high = (percent(edge) if fraction else number(edge) for edge in edges)
+    return f"{low} to {high}"
 
 
 def moment(value: datetime | None) -> str:
