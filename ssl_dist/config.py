@@ -235,6 +235,12 @@ class EvalData:
     shards: list[Path] = field(metadata={"exists": True, "some": True, "help": "labelled shard folders"})
     bank: str = field(default="train", metadata={"help": "split whose labels are known"})
     query: str = field(default="test", metadata={"help": "split whose labels are guessed"})
+    targets: Path | None = field(default=None, metadata={
+        "exists": True, "help": "a CSV table of what to guess instead of labels: a column key, slide or patient, and "
+                                "one for each thing to guess"})
+    kind: str = field(default="classes", metadata={
+        "choices": ("classes", "several", "numbers"), "help": "classes: one label a tile; of targets=: several (0 or 1 "
+                                                              "in each column), or numbers (one column)"})
     hold: str = field(default="", metadata={
         "choices": ("", "patient", "slide", "site"),
         "help": "hold out whole patients, slides, or sites (TCGA) of split bank as the query; empty: split query"})
@@ -289,6 +295,12 @@ class Eval:
         broken += [f"per_class has {each}; one label of a class is the least" for each in self.per_class if each < 1]
         if self.data.bank == self.data.query and not self.data.hold:
             broken.append(f"data.bank and data.query are both {self.data.bank!r}: every tile would find itself")
+        if (self.data.kind == "classes") != (self.data.targets is None):
+            broken.append(f"data.kind={self.data.kind} and data.targets={self.data.targets}: several and numbers are "
+                          "of a table, classes are the shards' labels")
+        if self.data.kind != "classes" and self.protocol not in ("knn", "linear", "embed"):
+            broken.append(f"protocol={self.protocol} knows classes alone; data.kind={self.data.kind} goes with knn "
+                          "and linear")
         for key, sources in (("encoder", [self.encoder]), ("baselines", self.baselines)):
             for source in sources:
                 if not (source.startswith(ENCODERS) or Path(source).exists() or (key == "baselines" and

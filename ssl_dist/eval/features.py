@@ -3,6 +3,7 @@
 S tiles of the split   D width of a vector
 """
 
+import csv
 import hashlib
 import re
 from collections.abc import Callable, Iterator
@@ -22,6 +23,7 @@ from ssl_dist.data.loader import Undecodable
 from ssl_dist.data.reader import Reader
 from ssl_dist.models.encoder import Encoder
 
+NAMED = "key", "slide", "patient"       # by which a table may name tiles
 TRIES = 50      # drawings of what is held out
 
 
@@ -35,11 +37,18 @@ class Split:
     classes: list[str]
     patients: list[str]             # one a tile
     slides: list[str]
+    targets_SC: Tensor | None = None        # of a table: labels of which a tile may have several, or one number
 
     def part(self, chosen: np.ndarray) -> "Split":
         """Those of its tiles."""
         return Split(self.reader, self.rows[chosen], self.labels_S[torch.from_numpy(chosen)], self.classes,
-                     [self.patients[each] for each in chosen], [self.slides[each] for each in chosen])
+                     [self.patients[each] for each in chosen], [self.slides[each] for each in chosen],
+                     None if self.targets_SC is None else self.targets_SC[torch.from_numpy(chosen)])
+
+    @property
+    def kinds(self) -> np.ndarray:
+        """The class of each tile; where there are none, the same of all."""
+        return self.labels_S.numpy() if self.targets_SC is None else np.zeros(len(self.rows), np.int64)
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -70,18 +79,64 @@ def labelled(shards: list[Path], split: str) -> Split:
                  reader.column("slide", rows))
 
 
+def told(shards: list[Path], split: str, table: Path, kind: str) -> Split:
+    """The tiles of a split of which a table tells what is to be guessed; where a cell is empty, it does not."""
+    by, columns, rows = _table(table)
+    if kind == "numbers" and len(columns) != 1:
+        raise ShardError(f"{table} has {len(columns)} columns beside {by} ({', '.join(columns)}), and kind=numbers "
+                         "guesses one; leave the others out")
+    if kind == "several" and (strange := {value for row in rows.values() for value in row} - {0.0, 1.0}):
+        raise ShardError(f"{table} holds {sorted(strange)[0]:g}, and kind=several knows 0 and 1 alone")
+    found = every(shards, split)
+    names = found.reader.column(by, found.rows)
+    chosen = np.flatnonzero([name in rows for name in names])
+    if not len(chosen):
+        raise ShardError(f"{table} names no {by} of split {split!r} in {', '.join(map(str, shards))}; it names "
+                         f"{next(iter(rows), 'none')!r}, and there is {names[0]!r}")
+    part = found.part(chosen)
+    part.classes = columns
+    part.targets_SC = torch.tensor([rows[names[each]] for each in chosen])
+    return part
+
+
+def _table(path: Path) -> tuple[str, list[str], dict[str, list[float]]]:
+    """By what a table names tiles, what it tells of them, and that by name."""
+    with path.open(newline="", encoding="utf-8-sig") as handle:
+        lines = list(csv.reader(handle))
+    head = lines[0] if lines else []
+    by = [name for name in NAMED if name in head]
+    if len(by) != 1 or len(head) < 2 or len(set(head)) < len(head):
+        raise ShardError(f"{path} begins with {', '.join(head) or 'nothing'}; it needs one of {', '.join(NAMED)} and a "
+                         "column, of a name of its own, for each thing to guess")
+    place, rows = head.index(by[0]), dict[str, list[float]]()
+    for number, line in enumerate(lines[1:], 2):
+        values = [value for column, value in enumerate(line) if column != place]
+        if len(line) != len(head):
+            raise ShardError(f"{path}, line {number} has {len(line)} cells and the first {len(head)}")
+        if "" in values:
+            continue
+        try:
+            numbers = [float(value) for value in values]
+        except ValueError:
+            raise ShardError(f"{path}, line {number} holds {', '.join(values)}, which are not all numbers") from None
+        if not np.isfinite(numbers).all() or rows.setdefault(line[place], numbers) != numbers:
+            raise ShardError(f"{path}, line {number}: {line[place]!r} has {', '.join(values)}, not one finite number a "
+                             "column, or another line of other numbers")
+    return by[0], [name for name in head if name != by[0]], rows
+
+
 def held_out(split: Split, by: str, part: float, seed: int) -> tuple[Split, Split]:
     """A split in two, of whole patients, slides or sites: what is left, and as nearly as can be a part of the tiles."""
     names = _sites(split) if by == "site" else {"patient": split.groups, "slide": np.array(split.slides)}[by]
     found, place_S = np.unique(names, return_inverse=True)
-    sizes, labels = np.bincount(place_S), split.labels_S.numpy()
+    sizes, labels = np.bincount(place_S), split.kinds
     numbers = np.random.default_rng(seed)
     for _ in range(TRIES):
         order = numbers.permutation(len(found))
         # Up to that group with which the part is met most nearly, but never all.
         off = np.abs(np.cumsum(sizes[order])[:-1] - part * len(names))
         held = np.isin(place_S, order[:int(off.argmin()) + 1]) if len(off) else np.zeros(len(names), bool)
-        if len({*labels[held]}) == len({*labels[~held]}) == len({*labels}):
+        if held.any() and len({*labels[held]}) == len({*labels[~held]}) == len({*labels}):
             return split.part(np.flatnonzero(~held)), split.part(np.flatnonzero(held))
     raise ShardError(f"of {len(found)} {by}s no part can be held out so that every class is on both sides; take more "
                      f"{by}s, another part=, or leave a class out")

@@ -30,10 +30,20 @@ def neighbours(query_QD: Tensor, bank_BD: Tensor, k: int, chunk: int = 1024) -> 
 def votes(similarity_QK: Tensor, labels_QK: Tensor, classes: int, temperature: float) -> Tensor:
     """The share (Q, C) of each class in the votes; a neighbour's weighs exp(similarity / temperature) (Wu et al. 2018).
     """
-    # Less its largest: only the proportions count, and e^(1/0.01) would not fit.
-    weight_QK = ((similarity_QK - similarity_QK[:, :1]) / temperature).exp()
+    weight_QK = _weights(similarity_QK, temperature)
     votes_QC = torch.zeros(len(labels_QK), classes).scatter_add_(1, labels_QK, weight_QK)
     return votes_QC / votes_QC.sum(dim=1, keepdim=True)
+
+
+def averaged(similarity_QK: Tensor, values_QKC: Tensor, temperature: float) -> Tensor:
+    """What the neighbours have (Q, C), by the same weights."""
+    weight_QK = _weights(similarity_QK, temperature)
+    return (weight_QK[..., None] * values_QKC).sum(dim=1) / weight_QK.sum(dim=1, keepdim=True)
+
+
+def _weights(similarity_QK: Tensor, temperature: float) -> Tensor:
+    # Less its largest: only the proportions count, and e^(1/0.01) would not fit.
+    return ((similarity_QK - similarity_QK[:, :1]) / temperature).exp()
 
 
 def run(settings: Eval, device: torch.device, threads: int, progress: Progress) -> dict[str, Any]:
@@ -46,11 +56,16 @@ def run(settings: Eval, device: torch.device, threads: int, progress: Progress) 
 
     def judge(bank_BD: Tensor, bank: Split, query_QD: Tensor, query: Split) -> Verdict:      # noqa: ARG001
         similarity_QK, places_QK = neighbours(query_QD, bank_BD, settings.k)
+        if bank.targets_SC is not None:
+            return Verdict(averaged(similarity_QK, bank.targets_SC[places_QK], settings.temperature).double().numpy(),
+                           {"k": settings.k, "temperature": settings.temperature})
         votes_QC = votes(similarity_QK, bank.labels_S[places_QK], len(bank.classes), settings.temperature)
         shown.append((places_QK, votes_QC.argmax(dim=1)))
         return Verdict(votes_QC.double().numpy(), {"k": settings.k, "temperature": settings.temperature})
 
     def draw(bank: Split, query: Split, out: Path) -> list[str]:
+        if not shown:       # of numbers, and of several labels, there is no one word to write beside a tile
+            return []
         _sheet(bank, query, *shown[0], out / "knn_neighbours.png")
         return ["knn_neighbours.png"]
 

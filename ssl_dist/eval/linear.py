@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from sklearn.exceptions import ConvergenceWarning
-from sklearn.linear_model import LogisticRegression
+from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.model_selection import GroupShuffleSplit
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -33,13 +33,15 @@ ITERATIONS = 300        # of L-BFGS; weak regularisation need not converge to gu
 def run(settings: Eval, device: torch.device, threads: int, progress: Progress) -> dict[str, Any]:
     """The protocol: features of both splits, a probe on the bank, and the same for each baseline."""
     def judge(bank_BD: Tensor, bank: Split, query_QD: Tensor, query: Split) -> Verdict:      # noqa: ARG001
+        if bank.targets_SC is not None:
+            return several(bank_BD.numpy(), bank, query_QD.numpy(), settings)
         strength, chosen_by = choose(bank_BD.numpy(), bank.labels_S.numpy(), bank.groups, settings.seed)
         probe = fitted(bank_BD.numpy(), bank.labels_S.numpy(), strength)
         return Verdict(scores(probe, query_QD.numpy(), len(bank.classes)),
                        {"C": strength, "accuracy_held_out": round(chosen_by, 4)})
 
     def allow(bank: Split) -> None:
-        parted(bank.labels_S.numpy(), bank.groups, settings.seed)
+        parted(bank.kinds, bank.groups, settings.seed)
 
     return protocol.run(settings, judge, device, threads, progress, allow)
 
@@ -74,6 +76,41 @@ def probes(bank_BD: np.ndarray, labels_B: np.ndarray, strengths: Sequence[float]
             warnings.simplefilter("ignore", ConvergenceWarning)
             regression.set_params(C=strength).fit(scaled_BD, labels_B)
         yield strength, make_pipeline(scaler, regression)
+
+
+def several(bank_BD: np.ndarray, bank: Split, query_QD: np.ndarray, settings: Eval) -> Verdict:
+    """Guesses (Q, C) of a table's columns: a logistic regression for each label of which a tile may have several, ridge
+    regression for a number; how strongly they are held back, what is best on the patients held out says for all."""
+    assert bank.targets_SC is not None
+    targets_BC, numbers = bank.targets_SC.numpy().astype(np.float64), settings.data.kind == "numbers"
+    learn, held = parted(bank.kinds, bank.groups, settings.seed)
+
+    def guessed(rows: np.ndarray, strength: float, asked_QD: np.ndarray) -> np.ndarray:
+        scaler = StandardScaler().fit(bank_BD[rows])
+        known, found = scaler.transform(bank_BD[rows]), []
+        for column in targets_BC[rows].T:
+            if numbers:
+                found.append(Ridge(alpha=1 / strength).fit(known, column).predict(scaler.transform(asked_QD)))
+            elif len(np.unique(column)) < 2:        # nothing can be learnt of what these tiles all have, or none
+                found.append(np.full(len(asked_QD), column[0]))
+            else:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore", ConvergenceWarning)
+                    probe = LogisticRegression(C=strength, max_iter=ITERATIONS).fit(known, column)
+                found.append(probe.predict_proba(scaler.transform(asked_QD))[:, 1])
+        return np.stack(found, axis=1)
+
+    def loss(strength: float) -> float:
+        guess = guessed(learn, strength, bank_BD[held])
+        if numbers:
+            return float(np.square(guess - targets_BC[held]).mean())
+        likely = np.clip(np.where(targets_BC[held] > 0, guess, 1 - guess), 1e-6, None)
+        return float(-np.log(likely).mean())
+
+    losses = {strength: loss(strength) for strength in STRENGTHS}
+    strength = min(losses, key=losses.__getitem__)
+    return Verdict(guessed(np.arange(len(bank_BD)), strength, query_QD),
+                   {"C": strength, "loss_held_out": round(losses[strength], 5)})
 
 
 def scores(probe: Pipeline, query_QD: np.ndarray, classes: int) -> np.ndarray:

@@ -101,15 +101,15 @@ def compare(settings: Eval, judged: Callable[[Source, Split, Split], Verdict],
             allow: Callable[[Split], None] = lambda _: None,
             draw: Callable[[Split, Split, Path], list[str]] = lambda *_: []) -> dict[str, Any]:
     """What `judged` makes of the encoder and of every baseline, in figures; writes and returns the result."""
-    sources = [Source(what, settings) for what in ("encoder", *settings.baselines)]
+    sources, data = [Source(what, settings) for what in ("encoder", *settings.baselines)], settings.data
     with _compared(settings) as (bank, query):
         allow(bank)
         verdicts = {source.name: judged(source, bank, query) for source in sources}
         curves = {what: verdict.curve for what, verdict in verdicts.items() if verdict.curve}
-        truth_Q = query.labels_S.numpy()
-        measures = {what: metrics.classification(truth_Q, verdict.scores_QC) for what, verdict in verdicts.items()}
+        measures = {what: _measure(query, data.kind, verdict.scores_QC) for what, verdict in verdicts.items()}
         drawn, own = intervals.drawings(query.groups, settings.seed), verdicts.pop("encoder")
-        counts_CC = metrics.confusion(truth_Q, own.scores_QC.argmax(axis=1), len(bank.classes))
+        confusion = [] if query.targets_SC is not None else metrics.confusion(
+            query.labels_S.numpy(), own.scores_QC.argmax(axis=1), len(bank.classes)).astype(int).tolist()
         seen, out = leakage.overlap(settings.encoder, query), folder.make(settings.home)
         result = {
             "protocol": settings.protocol, "size": sources[0].size, **own.facts,
@@ -127,7 +127,7 @@ def compare(settings: Eval, judged: Callable[[Source, Split, Split], Verdict],
                        "unknown_patients": query.patients.count(UNKNOWN)},
             **({"curves": curves} if curves else {}),
             "seen_in_pretraining": seen,
-            "classes": bank.classes, "confusion": counts_CC.astype(int).tolist(), "pictures": draw(bank, query, out),
+            "classes": bank.classes, "confusion": confusion, "pictures": draw(bank, query, out),
             "warnings": _doubts(settings.encoder, query, seen),
             "seed": settings.seed,
         }
@@ -139,20 +139,36 @@ def compare(settings: Eval, judged: Callable[[Source, Split, Split], Verdict],
 def _compared(settings: Eval) -> Iterator[tuple[Split, Split]]:
     """Both splits, if a figure of merit between them would mean something."""
     data = settings.data
-    bank = features.labelled(data.shards, data.bank)
+    def labelled(split: str) -> Split:
+        return features.told(data.shards, split, data.targets, data.kind) if data.targets else \
+            features.labelled(data.shards, split)
+
+    bank = labelled(data.bank)
     if data.hold:
         bank, query = features.held_out(bank, data.hold, data.part, settings.seed)
     else:
-        query = features.labelled(data.shards, data.query)
+        query = labelled(data.query)
     with contextlib.closing(bank.reader), contextlib.closing(query.reader):
         for name, split in ((data.bank, bank), (data.query, query)):
-            if len(split.labels_S.unique()) < 2:
+            if split.targets_SC is None and len(split.labels_S.unique()) < 2:
                 raise ShardError(f"split {name!r} holds one class only: every guess would be right; label more classes")
+            if split.targets_SC is not None and bool((split.targets_SC == split.targets_SC[0]).all(dim=0).any()):
+                raise ShardError(f"split {name!r} holds one value only of a column of {data.targets}: every guess "
+                                 "would be right; leave that column out")
         if shared := sorted(set(bank.patients) & set(query.patients) - {UNKNOWN}):
             raise ShardError(f"{len(shared)} patients are in both {data.bank!r} and {data.query!r} ({shared[0]!r}, …): "
                              "tiles of one patient resemble each other, so the score would be too good; shard again "
                              "with a split by patient, or use data.hold=patient")
         yield bank, query
+
+
+def _measure(query: Split, kind: str, scores_QC: np.ndarray) -> metrics.Measure:
+    """The figures that go with what was guessed."""
+    if query.targets_SC is None:
+        return metrics.classification(query.labels_S.numpy(), scores_QC)
+    truth_QC = query.targets_SC.numpy()
+    return metrics.several(truth_QC > 0, scores_QC) if kind == "several" else \
+        metrics.regression(truth_QC[:, 0].astype(np.float64), scores_QC[:, 0].astype(np.float64))
 
 
 def _figures(measure: metrics.Measure) -> dict[str, float]:
