@@ -346,6 +346,20 @@ def worth() -> str:
         f"{max(each['date'] for each in found.values())}.\n\n![balanced accuracy over labels](docs/labels.png)")
 
 
+def extract() -> str:
+    """A sentence on features a second: the newest result file."""
+    found = _newest("features_")
+    if not found:
+        return "Not measured yet."
+    seconds = found["seconds"]
+    rates = {name: found["tiles"] / seconds[name] for name in ("data", "encoder", "extract")}
+    return (f"Features: {rates['extract']:,.0f} tiles of {found['size']} px a second ({found['model']}, "
+            f"{found['device']}), {found['of_best']:.2f} of what data path ({rates['data']:,.0f}) and encoder "
+            f"({rates['encoder']:,.0f}) allow; the same {found['tiles']:,} read again in {seconds['kept']:.3f} s. "
+            f"{found['cpu']}, {found['cpus']} cores, {found['rounds']} interleaved rounds, {found['date']}. Plot: "
+            f"`benchmarks/results/{found['plot']}`.")
+
+
 def valued() -> dict[str, dict]:
     """Of each method the newest result of what its encoder is worth."""
     results = [_read(path) for path in sorted(_files("worth_"), key=lambda path: path.stem.rpartition("_")[2])]
@@ -366,7 +380,8 @@ def _read(path: Path) -> dict:
 
 
 PARTS = {"tree": tree, "demo": demo, "data": data, "stream": stream, "shard": shard, "train": train, "learn": learn,
-         "safety": safety, "kills": kills, "start": start, "worth": worth}
+         "safety": safety, "kills": kills, "start": start, "worth": worth,
+         "features": extract}
 
 
 def main() -> int:

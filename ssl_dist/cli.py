@@ -598,11 +598,13 @@ def evaluate(config: Config, overrides: Overrides = None, print_config: PrintCon
     if print_config:
         return say(schema.dump(settings).rstrip())
     from ssl_dist import dist
+    from ssl_dist.eval import protocol as shared
 
     protocol = importlib.import_module(f"ssl_dist.eval.{settings.protocol}")
     with bars() as progress:
         threads = settings.threads or len(os.sched_getaffinity(0))
-        result = protocol.run(settings, dist.device(settings.device), threads, progress)
+        device = dist.device(settings.device)
+        result = shared.repeated(lambda one: protocol.run(one, device, threads, progress), settings)
     between = {name: " ({:.3f} to {:.3f})".format(*edges) for name, edges in result["intervals"].items()}
     if settings.protocol == "embed":
         say("{tiles} tiles of {slides} slides, {width} numbers each, in ".format(**result["counts"]) +
@@ -610,6 +612,9 @@ def evaluate(config: Config, overrides: Overrides = None, print_config: PrintCon
         return None
     say(f"{settings.protocol}: " + ", ".join(f"{name} {value:.3f}{between.get(name, '')}"
                                              for name, value in result["metrics"].items()))
+    for what, figures in result.get("seeds", {}).items():
+        say(f"{what}, {settings.seeds} seeds: " + ", ".join(f"{name} {each['mean']:.3f} ± {each['deviation']:.3f}"
+                                                            for name, each in figures.items()))
     for words in result["warnings"]:
         say(f"warning: {words}")
     for name, figures in result["baselines"].items():

@@ -284,6 +284,7 @@ class Eval:
     batch: int = field(default=256, metadata={"range": (1, 10**6), "help": "tiles looked at together"})
     threads: int = field(default=0, metadata={"range": (0, 1024), "help": "0: all cores"})
     device: str = field(default="auto", metadata={"choices": ("auto", "cpu", "cuda")})
+    seeds: int = field(default=1, metadata={"range": (1, 1000), "help": "so many times over, with seed, seed + 1, …"})
     seed: int = field(default=0, metadata={"range": (0, 2**32 - 1), "help": "of the random baseline, and of what is "
                                                                             "held out"})
 

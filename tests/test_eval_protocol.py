@@ -203,6 +203,22 @@ def test_an_evaluation_may_hold_out_patients_of_one_split(exported: Path, shard:
     assert (result["counts"]["bank_patients"], result["counts"]["query_patients"]) == (3, 1)
 
 
+def test_several_seeds_are_each_what_it_would_have_been_alone(exported: Path, shard: Path, tmp_path: Path) -> None:
+    cohort(shard, tmp_path / "many", ["a", "b", "c", "d"], ["s", "t", "u", "v"])
+    data = EvalData([tmp_path / "many"], bank="", query="", hold="patient")
+
+    def once(settings: Eval) -> dict[str, Any]:
+        return knn.run(settings, torch.device("cpu"), 2, lambda *_: None)
+
+    told = Eval(str(exported), data, size=64, k=5, batch=32, seeds=3, seed=4)
+    result = protocol.repeated(once, told)
+    alone = [evaluated(exported, shard, data=data, baselines=["random"], seed=seed) for seed in (4, 5, 6)]
+    assert result["seeds"]["encoder"]["accuracy"]["values"] == [each["metrics"]["accuracy"] for each in alone]
+    assert result["seeds"]["random"]["auroc"]["mean"] == pytest.approx(
+        np.mean([each["baselines"]["random"]["auroc"] for each in alone]), abs=1e-4)
+    assert result["metrics"] == alone[0]["metrics"]
+
+
 # ---- doubts
 
 def relabelled(shard: Path, copy: Path, **columns: object) -> Path:

@@ -6,7 +6,7 @@ Q queries   B bank   D width   C classes   S tiles of a split
 import contextlib
 import functools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +95,26 @@ def run(settings: Eval, judge: Judge, device: torch.device, threads: int, progre
         return judge(vectors[0], bank, vectors[1], query)
 
     return compare(settings, judged, allow, draw)
+
+
+def repeated(once: Callable[[Eval], dict[str, Any]], settings: Eval) -> dict[str, Any]:
+    """The result of the first seed, and beside it the figures of every: what is drawn (held out, untrained) varies,
+    and the encoder does not."""
+    results = [once(replace(settings, seed=settings.seed + number)) for number in range(settings.seeds)]
+    first = results[0]
+    if settings.seeds > 1:
+        first["seeds"] = {what: {name: _summed([figures[name] for figures in found if name in figures])
+                                 for name in found[0] if name in first["metrics"]}
+                          for what, found in {"encoder": [each["metrics"] for each in results], **{
+                              what: [each["baselines"][what] for each in results] for what in first["baselines"]}
+                              }.items()}
+        folder.write_json(settings.home / f"{settings.protocol}.json", first)
+    return first
+
+
+def _summed(values: list[float]) -> dict[str, Any]:
+    return {"mean": round(float(np.mean(values)), 4), "deviation": round(float(np.std(values, ddof=1)), 4)
+            if len(values) > 1 else 0.0, "values": values}
 
 
 def compare(settings: Eval, judged: Callable[[Source, Split, Split], Verdict],
