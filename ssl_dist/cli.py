@@ -625,8 +625,12 @@ def evaluate(config: Config, overrides: Overrides = None, print_config: PrintCon
 
 @app.command()
 @verb
-def export(run: Annotated[Path, typer.Argument(help="A run folder.")], debug: Debug = False) -> None:   # noqa: ARG001
-    """Write the encoder of a run's newest checkpoint as a folder that timm loads."""
+def export(run: Annotated[Path, typer.Argument(help="A run folder.")],
+           onnx: Annotated[bool, typer.Option("--onnx", help="And as encoder/model.onnx.")] = False,
+           torchscript: Annotated[bool, typer.Option("--torchscript",
+                                                     help="And as encoder/model.torchscript.pt.")] = False,
+           debug: Debug = False) -> None:      # noqa: ARG001
+    """Write the encoder of a run's newest checkpoint as a folder that timm loads, and as one file if asked to."""
     from ssl_dist import config, schema
 
     path = run / "config.yaml"
@@ -637,7 +641,11 @@ def export(run: Annotated[Path, typer.Argument(help="A run folder.")], debug: De
 
     with lock.hold(run) as owner:
         owner.alone()
-        say(str(trainer.from_checkpoint(config.load_train(str(path), [f"run={run}"]), run, owner)))
+        say(str(home := trainer.from_checkpoint(config.load_train(str(path), [f"run={run}"]), run, owner)))
+        from ssl_dist import export as exports
+
+        for kind in (*(["onnx"] if onnx else []), *(["torchscript"] if torchscript else [])):
+            say(str(exports.portable(home, kind)))
 
 
 @app.command()

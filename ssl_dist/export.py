@@ -3,15 +3,18 @@
 import hashlib
 import json
 import shutil
+import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from shards import folder
 from ssl_dist import config as configs
 from ssl_dist.data.reader import Reader
+from ssl_dist.models import encoder as encoders
 from ssl_dist.models.encoder import Encoder, salted
 
 CARD = """---
@@ -65,6 +68,41 @@ def export(encoder: Encoder, train: configs.Train, reader: Reader, step: int, ou
     shutil.rmtree(out, ignore_errors=True)
     folder.publish(draft, out)
     return out
+
+
+class NotPortable(RuntimeError):
+    """An encoder that cannot be written in another form here."""
+
+    exit_code = 2
+
+
+def portable(home: Path, kind: str) -> Path:
+    """The encoder of an exported folder as one file that needs neither timm nor us: `onnx` or `torchscript`. It takes
+    uint8 (B, size, size, 3), as tiles come from a JPEG, and normalises them itself; any B."""
+    encoder, size = encoders.load(home).eval().requires_grad_(False), encoders.trained_size(home)
+    # Two tiles that differ: of equal ones, or of one, a trace may keep what is true of that example alone.
+    example = torch.randint(0, 256, (2, size, size, 3), dtype=torch.uint8)
+    path = home / {"onnx": "model.onnx", "torchscript": "model.torchscript.pt"}[kind]
+    draft = path.with_name(f".{path.name}.tmp")
+    try:
+        with warnings.catch_warnings(), torch.inference_mode():
+            warnings.simplefilter("ignore")
+            if kind == "onnx":
+                import onnxscript  # noqa: F401  what torch writes it with, told of before it begins
+
+                torch.onnx.export(encoder, (example,), str(draft), dynamo=True, input_names=["pixels"],
+                                  output_names=["features"], external_data=False, verbose=False,
+                                  dynamic_shapes=({0: torch.export.Dim("batch")},))
+            else:
+                torch.jit.trace(encoder, example).save(str(draft))
+        folder.sync(draft)
+        folder.publish(draft, path)
+    except ImportError as error:
+        raise NotPortable(f"{error.name} is not installed, and {path.name} is written with it: pip install "
+                          "'ssl_dist[onnx]'") from None
+    finally:
+        draft.unlink(missing_ok=True)
+    return path
 
 
 def _facts(reader: Reader) -> dict[str, Any]:
