@@ -114,6 +114,10 @@ def test_the_grace_of_a_run_that_is_saved_ends_nothing(tmp_path: Path) -> None:
 
 def test_a_rank_whose_folder_was_taken_over_ends_and_writes_nothing(tmp_path: Path) -> None:
     process = started(tmp_path, 100, 100, "hangs")
+    deadline = time.monotonic() + 30
+    while watch.alive(tmp_path).get(0, {"beat": 0})["beat"] < 2:        # just after a sign, and long before the next
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
     process.send_signal(signal.SIGSTOP)
     owner = tmp_path / "alive" / "owner.json"
     owner.write_text(json.dumps({**json.loads(owner.read_text()), "token": "theirs", "host": "elsewhere"}))
