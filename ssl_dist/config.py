@@ -241,6 +241,7 @@ class EvalData:
     kind: str = field(default="classes", metadata={
         "choices": ("classes", "several", "numbers"), "help": "classes: one label a tile; of targets=: several (0 or 1 "
                                                               "in each column), or numbers (one column)"})
+    ordered: bool = field(default=False, metadata={"help": "classes are grades: adds the quadratic kappa"})
     hold: str = field(default="", metadata={
         "choices": ("", "patient", "slide", "site"),
         "help": "hold out whole patients, slides, or sites (TCGA) of split bank as the query; empty: split query"})
@@ -294,6 +295,9 @@ class Eval:
                   if not 0 < each < 1]
         broken += [f"rates has {each:g}; a learning rate is more than 0" for each in self.rates if not each > 0]
         broken += [f"per_class has {each}; one label of a class is the least" for each in self.per_class if each < 1]
+        if self.data.hold and self.data.query not in ("", EvalData([]).query):
+            broken.append(f"data.query={self.data.query} goes unused with data.hold={self.data.hold}, which holds out "
+                          "a part of data.bank; leave one of them out")
         if self.data.bank == self.data.query and not self.data.hold:
             broken.append(f"data.bank and data.query are both {self.data.bank!r}: every tile would find itself")
         if (self.data.kind == "classes") != (self.data.targets is None):

@@ -17,6 +17,7 @@ from ssl_dist.data.reader import Reader
 from ssl_dist.models import encoder as encoders
 from ssl_dist.models.encoder import Encoder, salted
 
+FORMS = {"onnx": "model.onnx", "torchscript": "model.torchscript.pt"}
 CARD = """---
 library_name: timm
 pipeline_tag: image-feature-extraction
@@ -64,6 +65,9 @@ def export(encoder: Encoder, train: configs.Train, reader: Reader, step: int, ou
                                               f"{card.get('licence')})" for card in cards)))
     folder.write(draft / "pretraining.json", json.dumps({**facts, "method": train.method["name"], "step": step,
                                                          "seen": step * train.data.batch}) + "\n")
+    for other in FORMS.values():        # of the same weights, what was written besides is still true
+        if (out / other).is_file() and encoders.digest(out) == encoders.digest(draft):
+            shutil.copy2(out / other, draft / other)
     check()
     shutil.rmtree(out, ignore_errors=True)
     folder.publish(draft, out)
@@ -82,7 +86,7 @@ def portable(home: Path, kind: str) -> Path:
     encoder, size = encoders.load(home).eval().requires_grad_(False), encoders.trained_size(home)
     # Two tiles that differ: of equal ones, or of one, a trace may keep what is true of that example alone.
     example = torch.randint(0, 256, (2, size, size, 3), dtype=torch.uint8)
-    path = home / {"onnx": "model.onnx", "torchscript": "model.torchscript.pt"}[kind]
+    path = home / FORMS[kind]
     draft = path.with_name(f".{path.name}.tmp")
     try:
         with warnings.catch_warnings(), torch.inference_mode():

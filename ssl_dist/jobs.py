@@ -61,7 +61,8 @@ def parse(where: str, arguments: list[str]) -> Asked:
         raise ConfigError([f"launch {where!r} is not one of 'local', 'slurm'"])
     before, verb, words = _parted(arguments)
     if verb not in VERBS or not words:
-        raise ConfigError([f"launch runs the verbs {', '.join(VERBS)}, not {verb or 'nothing'!r}; write: {EXAMPLE}"])
+        said = verb or next(iter(arguments[arguments.index("--") + 1:]), "nothing") if "--" in arguments else "nothing"
+        raise ConfigError([f"launch runs the verbs {', '.join(VERBS)}, not {said!r}; write: {EXAMPLE}"])
     typed, switches, recipe, sizes = [], [], "", []
     for word in before:
         if word in SWITCHES:

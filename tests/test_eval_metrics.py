@@ -25,7 +25,9 @@ def guesses(classes: int, missing: bool = False) -> tuple[np.ndarray, np.ndarray
 @pytest.mark.parametrize("classes", [2, 5])
 def test_figures_of_classes_are_those_of_scikit_learn(classes: int, weights: str) -> None:
     (truth, scores), weight = guesses(classes), WEIGHTS[weights]
-    found = metrics.classification(truth, scores)(weight)
+    found = metrics.classification(truth, scores, ordered=True)(weight)
+    assert metrics.classification(truth, scores)(weight) == {
+        name: value for name, value in found.items() if name != "quadratic_kappa"}, "of classes without an order"
     guess = scores.argmax(axis=1)
     areas = [theirs.roc_auc_score(truth == each, scores[:, each], sample_weight=weight) for each in range(classes)]
     expected = {
@@ -169,8 +171,9 @@ def test_a_true_null_is_called_a_difference_in_few_of_many_studies() -> None:
     assert called <= 22, "five of a hundred, and three standard errors"
 
 
-def test_of_one_patient_no_interval_is_given() -> None:
-    drawn = intervals.drawings(np.zeros(10), seed=0)
+@pytest.mark.parametrize("patients", [1, 2, 4])
+def test_of_few_patients_no_interval_is_given(patients: int) -> None:
+    drawn = intervals.drawings(np.arange(10) % patients, seed=0)
     measure = metrics.classification(np.arange(10) % 2, np.eye(2)[np.arange(10) % 2])
     assert intervals.intervals(measure, drawn) == {}
     assert intervals.compared(measure, measure, drawn) == {}

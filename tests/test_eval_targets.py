@@ -107,6 +107,9 @@ def test_a_table_may_tell_of_slides_and_leave_some_out(shard: Path, tmp_path: Pa
     found = features.told([shard], "", tmp_path / "t.csv", "numbers")
     assert set(found.slides) == {slides[0], slides[2]}
     assert found.targets_SC is not None
+    assert len(found.remarks) == 2
+    assert "1 rows of" in found.remarks[0] and "('nobody')" in found.remarks[0]
+    assert f"{len(slides) - 2} of {len(slides)} slides of split '' have no row" in found.remarks[1]
     assert found.targets_SC[:, 0].tolist() == [61.0 if slide == slides[0] else 70.0 for slide in found.slides]
 
 

@@ -3,12 +3,13 @@
 S tiles of the split   D width of a vector
 """
 
+import contextlib
 import csv
 import hashlib
 import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ class Split:
     patients: list[str]             # one a tile
     slides: list[str]
     targets_SC: Tensor | None = None        # of a table: labels of which a tile may have several, or one number
+    remarks: list[str] = field(default_factory=list)
 
     def part(self, chosen: np.ndarray) -> "Split":
         """Those of its tiles."""
@@ -95,6 +97,13 @@ def told(shards: list[Path], split: str, table: Path, kind: str) -> Split:
                          f"{next(iter(rows), 'none')!r}, and there is {names[0]!r}")
     part = found.part(chosen)
     part.classes = columns
+    with contextlib.closing(Reader(shards)) as whole:
+        if foreign := sorted(rows.keys() - {*whole.column(by, whole.all_rows())}):
+            part.remarks.append(f"{len(foreign)} rows of {table} name a {by} that is in none of the shards "
+                                f"({', '.join(map(repr, foreign[:3]))})")
+    if without := sorted(set(names) - rows.keys()):
+        part.remarks.append(f"{len(without)} of {len(set(names))} {by}s of split {split!r} have no row in {table}, or "
+                            f"an empty cell, and are left out ({without[0]!r}, …)")
     part.targets_SC = torch.tensor([rows[names[each]] for each in chosen])
     return part
 
@@ -127,6 +136,9 @@ def _table(path: Path) -> tuple[str, list[str], dict[str, list[float]]]:
 
 def held_out(split: Split, by: str, part: float, seed: int) -> tuple[Split, Split]:
     """A split in two, of whole patients, slides or sites: what is left, and as nearly as can be a part of the tiles."""
+    if by == "patient" and (unknown := split.patients.count("")):
+        raise ShardError(f"hold=patient, and the patients of {unknown} tiles are unknown; use hold=slide, or shard "
+                         "anew with patients")
     names = _sites(split) if by == "site" else {"patient": split.groups, "slide": np.array(split.slides)}[by]
     found, place_S = np.unique(names, return_inverse=True)
     sizes, labels = np.bincount(place_S), split.kinds

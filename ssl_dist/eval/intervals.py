@@ -11,14 +11,15 @@ import numpy as np
 from ssl_dist.eval.metrics import Measure, Numbers
 
 DRAWINGS = 1000
+FEWEST = 5      # groups, of which drawings say anything
 LEVEL = 0.95
 
 
 def drawings(groups_S: np.ndarray, seed: int, count: int = DRAWINGS) -> list[Numbers]:
-    """Weights of the tiles (S,): how often its group was drawn, of as many draws as there are groups. Of one group
-    nothing can be drawn."""
+    """Weights of the tiles (S,): how often its group was drawn, of as many draws as there are groups. Of few
+    groups drawings are so few that they would look sure: none."""
     _, place_S = np.unique(groups_S, return_inverse=True)
-    if (groups := int(place_S.max()) + 1) < 2:
+    if (groups := int(place_S.max()) + 1) < FEWEST:
         return []
     drawn_RG = np.random.default_rng(seed).multinomial(groups, np.full(groups, 1 / groups), size=count)
     return [drawn_G[place_S].astype(np.float64) for drawn_G in drawn_RG]

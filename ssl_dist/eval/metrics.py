@@ -16,11 +16,12 @@ Measure = Callable[[Numbers | None], dict[str, float]]      # figures under weig
 BINS = 15       # of confidence, for the calibration error (Guo et al. 2017)
 
 
-def classification(truth_S: Whole, scores_SC: Numbers) -> Measure:
+def classification(truth_S: Whole, scores_SC: Numbers, *, ordered: bool = False) -> Measure:
     """Figures of guesses among classes; `scores_SC` say how likely each is, and the likeliest is the guess.
 
     Of a class that does not occur nothing can be said: means over classes leave it out. AUROC is that of the second of
-    two classes, of more the mean over each against the rest. The calibration error needs scores that sum to one.
+    two classes, of more the mean over each against the rest. The calibration error needs scores that sum to one, and
+    kappa classes that have an order.
     """
     classes = scores_SC.shape[1]
     guess_S = scores_SC.argmax(axis=1)
@@ -34,7 +35,7 @@ def classification(truth_S: Whole, scores_SC: Numbers) -> Measure:
         areas = [each.area(weights_S) for each in ranked]
         return {"accuracy": accuracy(counts_CC), "balanced_accuracy": balanced_accuracy(counts_CC),
                 "macro_f1": macro_f1(counts_CC), "auroc": mean([each for each in areas if np.isfinite(each)]),
-                "quadratic_kappa": quadratic_kappa(counts_CC),
+                **({"quadratic_kappa": quadratic_kappa(counts_CC)} if ordered else {}),
                 "calibration_error": _gap(bin_S, confident_S, guess_S == truth_S, weights_S)}
 
     return measure

@@ -5,6 +5,7 @@ Q queries   B bank   D width   C classes   S tiles of a split
 
 import contextlib
 import functools
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -108,7 +109,7 @@ def repeated(once: Callable[[Eval], dict[str, Any]], settings: Eval) -> dict[str
                           for what, found in {"encoder": [each["metrics"] for each in results], **{
                               what: [each["baselines"][what] for each in results] for what in first["baselines"]}
                               }.items()}
-        folder.write_json(settings.home / f"{settings.protocol}.json", first)
+        folder.write_json(Path(first["written"]), first)
     return first
 
 
@@ -124,13 +125,14 @@ def compare(settings: Eval, judged: Callable[[Source, Split, Split], Verdict],
     sources, data = [Source(what, settings) for what in ("encoder", *settings.baselines)], settings.data
     with _compared(settings) as (bank, query):
         allow(bank)
+        out = folder.make(settings.home)        # refused before the work, and not after it
         verdicts = {source.name: judged(source, bank, query) for source in sources}
         curves = {what: verdict.curve for what, verdict in verdicts.items() if verdict.curve}
-        measures = {what: _measure(query, data.kind, verdict.scores_QC) for what, verdict in verdicts.items()}
+        measures = {what: _measure(query, settings, verdict.scores_QC) for what, verdict in verdicts.items()}
         drawn, own = intervals.drawings(query.groups, settings.seed), verdicts.pop("encoder")
         confusion = [] if query.targets_SC is not None else metrics.confusion(
             query.labels_S.numpy(), own.scores_QC.argmax(axis=1), len(bank.classes)).astype(int).tolist()
-        seen, out = leakage.overlap(settings.encoder, query), folder.make(settings.home)
+        seen = leakage.overlap(settings.encoder, query)
         result = {
             "protocol": settings.protocol, "size": sources[0].size, **own.facts,
             "encoder": {"path": settings.encoder, "architecture": sources[0].architecture,
@@ -148,17 +150,36 @@ def compare(settings: Eval, judged: Callable[[Source, Split, Split], Verdict],
             **({"curves": curves} if curves else {}),
             "seen_in_pretraining": seen,
             "classes": bank.classes, "confusion": confusion, "pictures": draw(bank, query, out),
-            "warnings": _doubts(settings.encoder, query, seen),
+            "warnings": [*bank.remarks, *query.remarks, *_doubts(settings.encoder, query, seen)],
+            "asked": {"bank": data.bank, "query": data.hold or data.query, "targets": str(data.targets or "")},
             "seed": settings.seed,
         }
-    folder.write_json(out / f"{settings.protocol}.json", result)
+    result["written"] = str(_place(out, settings.protocol, result))
+    folder.write_json(Path(result["written"]), result)
     return result
+
+
+def _place(out: Path, protocol: str, result: dict[str, Any]) -> Path:
+    """The file of a result; of other tiles than those that one there is of, another."""
+    def tiles(told: dict[str, Any]) -> Any:
+        return [each["fingerprint"] for each in told["shards"]], told.get("asked")
+
+    number = 1
+    while True:
+        path = out / (f"{protocol}.json" if number == 1 else f"{protocol}-{number}.json")
+        try:
+            if tiles(json.loads(path.read_text())) == tiles(result):
+                return path
+        except (OSError, ValueError, KeyError, TypeError):
+            return path         # none, or none that could be read
+        number += 1
 
 
 @contextlib.contextmanager
 def _compared(settings: Eval) -> Iterator[tuple[Split, Split]]:
     """Both splits, if a figure of merit between them would mean something."""
     data = settings.data
+
     def labelled(split: str) -> Split:
         return features.told(data.shards, split, data.targets, data.kind) if data.targets else \
             features.labelled(data.shards, split)
@@ -182,12 +203,12 @@ def _compared(settings: Eval) -> Iterator[tuple[Split, Split]]:
         yield bank, query
 
 
-def _measure(query: Split, kind: str, scores_QC: np.ndarray) -> metrics.Measure:
+def _measure(query: Split, settings: Eval, scores_QC: np.ndarray) -> metrics.Measure:
     """The figures that go with what was guessed."""
     if query.targets_SC is None:
-        return metrics.classification(query.labels_S.numpy(), scores_QC)
+        return metrics.classification(query.labels_S.numpy(), scores_QC, ordered=settings.data.ordered)
     truth_QC = query.targets_SC.numpy()
-    return metrics.several(truth_QC > 0, scores_QC) if kind == "several" else \
+    return metrics.several(truth_QC > 0, scores_QC) if settings.data.kind == "several" else \
         metrics.regression(truth_QC[:, 0].astype(np.float64), scores_QC[:, 0].astype(np.float64))
 
 
@@ -203,6 +224,8 @@ def _doubts(encoder: str, query: Split, seen: dict[str, int] | None) -> list[str
                                                                   seen.items() if count) + "; this figure is too good")
     if unknown := query.patients.count(UNKNOWN):
         found.append(f"the patients of {unknown} query tiles are unknown; some may be in the bank as well")
+    if (groups := len(set(query.groups))) < intervals.FEWEST:
+        found.append(f"the query is of {groups} patients or slides, too few for intervals: figures may be chance")
     trained = (encoders.card(encoder).get("ssl_dist") or {}).get("mpp") or []
     shown = sorted({round(float(each), 4) for each in query.reader.column("mpp", query.rows) if np.isfinite(each)})
     strange = [each for each in shown if trained and min(abs(np.log2(each / other)) for other in trained) > APART]

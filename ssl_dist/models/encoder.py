@@ -100,6 +100,8 @@ class Encoder(nn.Module):
                              "test_crop_pct", "description"))}
         save_for_hf(plain, str(folder), model_config={"num_classes": 0, "ssl_dist": about},
                     model_args=self.args or None, safe_serialization=True)
+        # timm's is its writer's alone.
+        (folder / "model.safetensors").chmod((folder / "config.json").stat().st_mode & 0o777)
 
 
 def is_elsewhere(source: str | Path) -> bool:
