@@ -152,9 +152,29 @@ print(*features.sum(1).tolist())
     assert torch.allclose(torch.tensor([float(word) for word in done.stdout.split()]), expected, atol=1e-5)
 
 
+def test_an_encoder_that_is_exported_again_keeps_its_other_forms_while_they_are_true(shared: Path,
+                                                                                   tmp_path: Path) -> None:
+    import shutil
+
+    run = Path(shutil.copytree(shared, tmp_path / "run"))
+    said = ssl_dist("export", run, "--torchscript")
+    form = run / "encoder" / "model.torchscript.pt"
+    assert str(form) in said
+    before = form.read_bytes()
+    ssl_dist("export", run)
+    assert form.read_bytes() == before
+    assert form.stat().st_mode & 0o777 == (run / "encoder" / "model.safetensors").stat().st_mode & 0o777
+    with (run / "encoder" / "model.safetensors").open("r+b") as file:       # as if it were another training's
+        file.seek(-2, 2)
+        file.write(b"xx")
+    ssl_dist("export", run)
+    assert not form.exists()
+
+
 def test_evaluation_and_report_close_the_line(shared: Path, shard: Path) -> None:
     said = ssl_dist("eval", "eval/knn", f"encoder={shared / 'encoder'}", f"data.shards=[{shard}]", "k=5")
     assert "random: accuracy" in said
+    assert f"written to {shared / 'eval' / 'knn.json'}" in said
     result = json.loads((shared / "eval" / "knn.json").read_text())
     assert 0 <= result["metrics"]["accuracy"] <= 1 and result["counts"]["shared_patients"] == 0
     assert result["size"] == 32, "the size that the encoder was trained on"
