@@ -66,8 +66,9 @@ def order(labels_B: np.ndarray, groups_B: np.ndarray, seed: int) -> np.ndarray:
     rng, place_B = np.random.default_rng(seed), np.empty(len(labels_B))
     _, patient_B = np.unique(groups_B, return_inverse=True)
     cell_B = patient_B * (int(labels_B.max()) + 1) + labels_B
-    for cell in np.unique(cell_B):
-        tiles = rng.permutation(np.flatnonzero(cell_B == cell))
+    sorted_B = np.argsort(cell_B, kind="stable")
+    for cell in np.split(sorted_B, np.flatnonzero(np.diff(cell_B[sorted_B])) + 1):
+        tiles = rng.permutation(cell)
         place_B[tiles] = (np.arange(len(tiles)) + rng.uniform()) / len(tiles)
     return place_B
 
