@@ -340,8 +340,9 @@ def worth() -> str:
         f"and {counts['queries']:,} to be asked about; in brackets where 95 % of bootstraps lie (over tiles: which "
         "patients they are of is lost). Few labels: balanced accuracy of a linear probe, mean ± standard deviation of "
         f"five choices. Other organ: balanced accuracy on {bone['queries']:,} tiles of osteosarcoma of "
-        f"{bone['query_patients']} patients, three classes, a linear probe on {bone['bank']:,} tiles of "
-        f"{bone['bank_patients']} others; intervals over so few patients say little. Fine-tuned: two passes. "
+        f"{bone['query_patients']} patients, three classes, by their nearest of {bone['bank']:,} tiles of "
+        f"{bone['bank_patients']} others: so few patients show what is possible, and rank nothing. Fine-tuned: two "
+        "passes. "
         f"`python benchmarks/worth.py`; {first['cpu']}, {first['cpus']} cores, torch {first['versions']['torch']}, "
         f"{max(each['date'] for each in found.values())}.\n\n![balanced accuracy over labels](docs/labels.png)")
 
