@@ -70,7 +70,8 @@ def _one_gone() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if isinstance(error, NoMeeting) or not any(word in str(error).lower() for word in (*LOST, "timed out")):
+        lost = isinstance(error, c10d.DistError) or any(word in str(error).lower() for word in (*LOST, "timed out"))
+        if isinstance(error, NoMeeting) or not lost:
             raise
         raise NoMeeting(f"the ranks have not come together, one may have ended ({str(error).splitlines()[0]}); run the "
                         "same command again") from error
