@@ -290,4 +290,3 @@ def test_the_probability_of_every_class_is_what_the_figures_are_of(exported: Pat
     counts = np.array(result["confusion"])
     assert counts.sum() == result["counts"]["queries"]
     assert result["metrics"]["accuracy"] == pytest.approx(np.trace(counts) / counts.sum(), abs=1e-4)
-    assert protocol.APART > 0

@@ -42,7 +42,8 @@ def run(settings: Eval, device: torch.device, threads: int, progress: Progress) 
     result = {"protocol": "embed", "size": source.size, "encoder": {
         "path": settings.encoder, "architecture": source.architecture, "sha256": source.digest},
         "counts": {"tiles": len(vectors_SD), "slides": slides, "width": vectors_SD.shape[1]}, "metrics": {},
-        "intervals": {}, "baselines": {}, "warnings": [], "written": settings.write}
+        "intervals": {}, "baselines": {}, "warnings": [], "forms": settings.write,
+        "written": str(out / "embed.json")}
     folder.write_json(out / "embed.json", result)
     return result
 

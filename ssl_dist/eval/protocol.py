@@ -101,7 +101,8 @@ def run(settings: Eval, judge: Judge, device: torch.device, threads: int, progre
 def repeated(once: Callable[[Eval], dict[str, Any]], settings: Eval) -> dict[str, Any]:
     """The result of the first seed, and beside it the figures of every: what is drawn (held out, untrained) varies,
     and the encoder does not."""
-    results = [once(replace(settings, seed=settings.seed + number)) for number in range(settings.seeds)]
+    # The first at last: pictures that are left are of it.
+    results = [once(replace(settings, seed=settings.seed + number)) for number in reversed(range(settings.seeds))][::-1]
     first = results[0]
     if settings.seeds > 1:
         first["seeds"] = {what: {name: _summed([figures[name] for figures in found if name in figures])
