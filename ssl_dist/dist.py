@@ -96,8 +96,8 @@ def _meet(name: str, stack: contextlib.ExitStack) -> c10d.Store:
     while time.monotonic() < until:
         for port in ports:
             with contextlib.suppress(OSError), socket.create_connection((host, port), timeout=3) as question:
-                said = question.makefile().readline(500).split()
-                if said[:1] == [name]:
+                said = question.makefile("rb").readline(500).split()        # a stranger says what he likes
+                if said[:1] == [name.encode()]:
                     return c10d.TCPStore(host, int(said[1]), is_master=False, wait_for_workers=False,
                                          timeout=_patience)
         time.sleep(0.1)

@@ -114,7 +114,8 @@ def test_a_rank_takes_the_cores_that_slurm_gave_it(monkeypatch: pytest.MonkeyPat
 
 
 def test_ranks_meet_where_others_listen_on_their_port(tmp_path: Path) -> None:
-    """On the first port something that never answers, on the second another job of ours, on the third a chatterbox."""
+    """On the first port something that never answers, on the second another job of ours, on the third a chatterbox,
+    on the fourth one who speaks in numbers."""
     program = textwrap.dedent("""
         import os, sys
         from datetime import timedelta
@@ -134,7 +135,7 @@ def test_ranks_meet_where_others_listen_on_their_port(tmp_path: Path) -> None:
     with contextlib.ExitStack() as stack:
         deaf = stack.enter_context(socket.create_server(("", 0)))
         port = deaf.getsockname()[1]
-        for number, answer in ((1, b"another 1234\n"), (2, b"SSH-2.0-x\n" * 1000)):
+        for number, answer in ((1, b"another 1234\n"), (2, b"SSH-2.0-x\n" * 1000), (3, b"ours\xfe\n")):
             listener = stack.enter_context(socket.create_server(("", port + number)))
             threading.Thread(target=answers, args=(listener, answer), daemon=True).start()
         ranks = [subprocess.Popen(
