@@ -594,42 +594,19 @@ def evaluate(config: Config, overrides: Overrides = None, print_config: PrintCon
     from ssl_dist import config as configs
     from ssl_dist import schema
 
-    settings = configs.load(configs.Eval, config, overrides or [])
+    settings = configs.load_eval(config, overrides or [])
     if print_config:
         return say(schema.dump(settings).rstrip())
     from ssl_dist import dist
     from ssl_dist.eval import protocol as shared
+    from ssl_dist.eval import summary
 
     protocol = importlib.import_module(f"ssl_dist.eval.{settings.protocol}")
     with bars() as progress:
         threads = settings.threads or len(os.sched_getaffinity(0))
         device = dist.device(settings.device)
         result = shared.repeated(lambda one: protocol.run(one, device, threads, progress), settings)
-    between = {name: " ({:.3f} to {:.3f})".format(*edges) for name, edges in result["intervals"].items()}
-    if settings.protocol == "embed":
-        say("{tiles} tiles of {slides} slides, {width} numbers each, in ".format(**result["counts"]) +
-            str(settings.home))
-        return None
-    knows = ", knowing all labels" if settings.protocol == "low" else ""
-    say(f"{settings.protocol}{knows}: " + ", ".join(f"{name} {value:.3f}{between.get(name, '')}"
-                                                    for name, value in result["metrics"].items()))
-    for what, figures in result.get("seeds", {}).items():
-        say(f"{what}, {settings.seeds} seeds: " + ", ".join(f"{name} {each['mean']:.3f} ± {each['deviation']:.3f}"
-                                                            for name, each in figures.items()))
-    for words in result["warnings"]:
-        say(f"warning: {words}")
-    for name, figures in result["baselines"].items():
-        say(f"{name}: " + ", ".join(f"{key} {figures[key]:.3f}" for key in result["metrics"] if key in figures))
-        if apart := result["against"].get(name):
-            say("  the encoder has " + ", ".join(
-                "{} {:+.3f} ({:+.3f} to {:+.3f}, p {:g})".format(key, told["difference"], *told["interval"], told["p"])
-                for key, told in apart.items()))
-    for name, rows in result.get("curves", {}).items():
-        if settings.protocol == "low":
-            say(f"{name}, balanced accuracy with few labels: " + ", ".join(
-                (f"{row['share']:.0%}" if "share" in row else f"{row['per_class']} a class")
-                + " {mean:.3f} ± {deviation:.3f}".format(**row["balanced_accuracy"]) for row in rows))
-    say(f"written to {result['written']}")
+    say(*summary.lines(result))
     return None
 
 

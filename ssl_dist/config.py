@@ -6,12 +6,13 @@ A number is written once. Whatever follows from it (a rank's batch, DeepSpeed's 
 import difflib
 import importlib
 import math
-import re
-from dataclasses import dataclass, field, replace
+import typing
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from ssl_dist import points, schedule, schema
+from ssl_dist.eval.settings import PROTOCOLS, Eval, Judged, Knn
 from ssl_dist.schema import ConfigError
 
 LR_TILES = 256          # what learning rates that scale are written for, as most papers do
@@ -226,106 +227,6 @@ class Train:
         return broken
 
 
-ENCODERS = "timm:", "hf-hub:"       # how an encoder is named that is no folder
-BASELINES = "random", "colours"
-
-
-@dataclass
-class EvalData:
-    shards: list[Path] = field(metadata={"exists": True, "some": True, "help": "labelled shard folders"})
-    bank: str = field(default="train", metadata={"help": "split whose labels are known"})
-    query: str = field(default="test", metadata={"help": "split whose labels are guessed"})
-    targets: Path | None = field(default=None, metadata={
-        "exists": True, "help": "a CSV table of what to guess instead of labels: a column key, slide or patient, and "
-                                "one for each thing to guess"})
-    kind: str = field(default="classes", metadata={
-        "choices": ("classes", "several", "numbers"), "help": "classes: one label a tile; of targets=: several (0 or 1 "
-                                                              "in each column), or numbers (one column)"})
-    ordered: bool = field(default=False, metadata={"help": "classes are grades: adds the quadratic kappa"})
-    hold: str = field(default="", metadata={
-        "choices": ("", "patient", "slide", "site"),
-        "help": "hold out whole patients, slides, or sites (TCGA) of split bank as the query; empty: split query"})
-    part: float = field(default=0.25, metadata={"range": (0.01, 0.9), "help": "of the tiles, that hold= holds out"})
-    split: str = field(default="", metadata={"help": "embed: only tiles of this split; empty: all"})
-
-
-@dataclass
-class Eval:
-    """`ssl-dist eval`."""
-
-    encoder: str = field(metadata={"help": "an encoder folder, or timm:NAME or hf-hub:OWNER/NAME"})
-    data: EvalData
-    protocol: str = field(default="knn", metadata={"choices": ("knn", "linear", "sgd", "low", "finetune", "embed")})
-    out: Path | None = field(default=None, metadata={"help": "folder of results; null: eval/ beside the encoder"})
-    cache: bool = field(default=True, metadata={"help": "keep features in OUT/features, and compute them once"})
-    precision: str = field(default="fp32", metadata={"choices": ("fp32", "bf16"), "help": "of the encoder"})
-    size: int | None = field(default=None, metadata={"range": (16, 4096), "help": "pixels a tile is resized to; null: "
-                                                     "as wide as what the encoder was trained on"})
-    k: int = field(default=20, metadata={"range": (1, 10**6), "help": "knn: neighbours that vote"})
-    temperature: float = field(default=0.07, metadata={"range": (1e-3, 100), "help": "knn: of the votes"})
-    baselines: list[str] = field(default_factory=lambda: ["random"], metadata={
-        "help": "random: the same network untrained; colours: histograms; or another encoder, as encoder= takes it"})
-    shares: list[float] = field(default_factory=lambda: [0.01, 0.05, 0.1, 0.25, 0.5], metadata={
-        "help": "low: parts of the bank's labels that are known"})
-    per_class: list[int] = field(default_factory=list, metadata={"help": "low: labels of each class that are known"})
-    draws: int = field(default=5, metadata={"range": (1, 1000), "help": "low: choices of those labels"})
-    optimizer: str = field(default="sgd", metadata={"choices": ("sgd", "adamw"), "help": "sgd: which one it is"})
-    rates: list[float] = field(default_factory=lambda: [1e-3, 1e-2, 1e-1, 1.0, 10.0], metadata={
-        "some": True, "help": "sgd: learning rates, of which the best is taken"})
-    steps: int = field(default=5000, metadata={"range": (1, 10**7), "help": "sgd"})
-    patience: float = field(default=1.0, metadata={"range": (0.01, 1), "help": "sgd: part of the steps without gain, "
-                                                                               "after which it ends"})
-    epochs: int = field(default=10, metadata={"range": (1, 10**4), "help": "finetune: passes over the bank"})
-    lr: float = field(default=5e-4, metadata={"range": (1e-9, 100), "help": "finetune: of the head, at the top"})
-    layer_decay: float = field(default=0.75, metadata={"range": (0.01, 1), "help": "finetune: of lr, from a layer to "
-                                                                                   "the one before it"})
-    weight_decay: float = field(default=0.05, metadata={"range": (0, 10), "help": "finetune, sgd"})
-    write: list[str] = field(default_factory=lambda: ["parquet", "h5"], metadata={
-        "choices": ("parquet", "h5"), "some": True, "help": "embed: a table, and a file a slide"})
-    batch: int = field(default=256, metadata={"range": (1, 10**6), "help": "tiles looked at together"})
-    threads: int = field(default=0, metadata={"range": (0, 1024), "help": "0: all cores"})
-    device: str = field(default="auto", metadata={"choices": ("auto", "cpu", "cuda")})
-    seeds: int = field(default=1, metadata={"range": (1, 1000), "help": "so many times over, with seed, seed + 1, …"})
-    seed: int = field(default=0, metadata={"range": (0, 2**32 - 1), "help": "of the random baseline, and of what is "
-                                                                            "held out"})
-
-    def rules(self) -> list[str]:
-        """What cannot be said of one value alone."""
-        broken = [f"shares has {each:g}, which is no part of the labels; write 0.1 for a tenth" for each in self.shares
-                  if not 0 < each < 1]
-        broken += [f"rates has {each:g}; a learning rate is more than 0" for each in self.rates if not each > 0]
-        broken += [f"per_class has {each}; one label of a class is the least" for each in self.per_class if each < 1]
-        if self.data.hold and self.data.query not in ("", EvalData([]).query):
-            broken.append(f"data.query={self.data.query} goes unused with data.hold={self.data.hold}, which holds out "
-                          "a part of data.bank; leave one of them out")
-        if self.data.bank == self.data.query and not self.data.hold:
-            broken.append(f"data.bank and data.query are both {self.data.bank!r}: every tile would find itself")
-        if (self.data.kind == "classes") != (self.data.targets is None):
-            broken.append(f"data.kind={self.data.kind} and data.targets={self.data.targets}: several and numbers are "
-                          "of a table, classes are the shards' labels")
-        if self.data.kind != "classes" and self.protocol not in ("knn", "linear", "embed"):
-            broken.append(f"protocol={self.protocol} knows classes alone; data.kind={self.data.kind} goes with knn "
-                          "and linear")
-        for key, sources in (("encoder", [self.encoder]), ("baselines", self.baselines)):
-            for source in sources:
-                if not (source.startswith(ENCODERS) or Path(source).exists() or (key == "baselines" and
-                                                                                source in BASELINES)):
-                    broken.append(f"{key}={source!r} does not exist (looked in {Path.cwd()}); "
-                                  + ("a run writes it as RUN/encoder when it ends" if key == "encoder" else
-                                     f"it is one of {', '.join(BASELINES)}, an encoder folder,") +
-                                  " or timm:NAME or hf-hub:OWNER/NAME")
-        return broken
-
-    @property
-    def home(self) -> Path:
-        """Where results go: `out`, or eval/ beside the encoder; of one that is no folder, below eval/ here."""
-        if self.out:
-            return self.out
-        if self.encoder.startswith(ENCODERS):
-            return Path("eval") / re.sub(r"[^\w.-]+", "_", self.encoder)
-        return Path(self.encoder).parent / "eval"
-
-
 def load(kind: type, name: str, overrides: list[str]) -> Any:
     """A config of one kind from a recipe, by path or by name, and key=value words."""
     file = recipe(name)
@@ -340,6 +241,28 @@ def _read(kind: type, file: Path, overrides: list[str]) -> tuple[dict[str, Any],
     if kind is Train and any(values[name] for name in typed):
         values = {name: value for name, value in values.items() if name not in LENGTHS or name in typed}
     return values, places
+
+
+def load_eval(name: str, overrides: list[str]) -> Eval:
+    """What one protocol is told. Where another protocol is typed than the recipe's, the recipe says which encoder and
+    which tiles, and no more."""
+    file = recipe(name)
+    values, places = schema.read(Judged, file, overrides)
+    protocol = values.get("protocol", Knn.protocol)
+    if protocol not in PROTOCOLS:
+        close = difflib.get_close_matches(str(protocol), PROTOCOLS, n=1)
+        raise ConfigError([f"protocol={protocol!r} is not one of {', '.join(PROTOCOLS)}"
+                           + (f"; did you mean {close[0]!r}?" if close else "")
+                           + f" [{places.get('protocol', str(file))}]"])
+    kind = PROTOCOLS[protocol]
+    values, places = schema.read(kind, file, overrides)
+    if places.get("protocol") == schema.COMMAND_LINE and schema.read(kind, file, [])[0].get("protocol") != protocol:
+        tiles = {each.name for each in fields(typing.get_type_hints(kind)["data"])}
+        typed = {name for name, place in places.items() if place == schema.COMMAND_LINE}
+        values = {key: value for key, value in values.items() if key in ("encoder", "data") or key in typed}
+        if isinstance(data := values.get("data"), dict):
+            values["data"] = {key: value for key, value in data.items() if key in tiles or f"data.{key}" in typed}
+    return schema.build(kind, {**values, "protocol": protocol}, places, where=str(file))
 
 
 def load_train(name: str, overrides: list[str]) -> Train:

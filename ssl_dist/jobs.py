@@ -281,7 +281,7 @@ def _shards(asked: Asked) -> list[slurm.Work]:
 
 
 def _evals(asked: Asked) -> list[slurm.Work]:
-    settings = config.load(config.Eval, asked.words[0], asked.overrides)
+    settings = config.load_eval(asked.words[0], asked.overrides)
     name = f"{settings.home.absolute().parent.name}-{settings.protocol}"
     return [slurm.Work(name, settings.home / "launch", [["eval", *asked.words]], gpus=min(1, asked.job.gpus))]
 

@@ -13,8 +13,8 @@ from sklearn.neighbors import NearestNeighbors
 
 from shards import index
 from shards.index import ShardError
-from ssl_dist.config import Eval, EvalData
 from ssl_dist.eval import features, knn
+from ssl_dist.eval.settings import Knn, Labelled
 from ssl_dist.models import encoder as encoders
 from ssl_dist.models.encoder import Encoder, EncoderError
 
@@ -66,12 +66,12 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def settings(encoder: Path, shard: Path, out: Path, **changes: object) -> Eval:
-    return Eval(**{"encoder": str(encoder), "data": EvalData([shard]), "out": out, "size": 64, "k": 5, "batch": 32,
-                   **changes})      # type: ignore[arg-type]
+def settings(encoder: Path, shard: Path, out: Path, **changes: object) -> Knn:
+    return Knn(**{"encoder": str(encoder), "data": Labelled(shards=[shard]), "out": out, "size": 64, "k": 5,
+                  "batch": 32, **changes})      # type: ignore[arg-type]
 
 
-def run(chosen: Eval) -> dict:
+def run(chosen: Knn) -> dict:
     return knn.run(chosen, torch.device("cpu"), 2, lambda *_: None)
 
 

@@ -12,8 +12,8 @@ from sklearn.linear_model import LogisticRegression
 from torch import nn
 
 from shards.index import ShardError
-from ssl_dist.config import Eval, EvalData
 from ssl_dist.eval import features, linear
+from ssl_dist.eval.settings import Labelled, Linear
 from ssl_dist.models.encoder import Encoder
 
 CLASSES, WIDTH = 3, 5
@@ -60,7 +60,7 @@ def test_no_patient_is_on_both_sides_of_the_choice_and_no_tile_is_left_out() -> 
     _, known = clouds(240, 0)
     groups = np.array([f"patient {number % 12}" for number in range(240)])
     for seed in range(5):
-        learn, held = linear.parted(known, groups, seed)
+        learn, held = linear.drawn(known, groups, seed)
         assert sorted([*learn, *held]) == list(range(240))
         assert not set(groups[learn]) & set(groups[held])
         assert 2 <= len(set(groups[held])) <= 4
@@ -71,14 +71,14 @@ def test_the_strength_is_the_one_that_is_best_on_the_tiles_held_out() -> None:
     rng = np.random.default_rng(3)
     known, groups = rng.integers(0, 3, 200), np.arange(200) % 20
     bank = rng.normal(size=(200, 60)) + 0.4 * (np.arange(60)[None] % 3 == known[:, None])
-    learn, held = linear.parted(known, groups, 0)
+    learn, held = linear.drawn(known, groups, 0)
     mean, deviation = bank[learn].mean(axis=0), bank[learn].std(axis=0)
     right = {}
     for strength in linear.STRENGTHS:
         probe = LogisticRegression(C=strength, max_iter=5000).fit((bank[learn] - mean) / deviation, known[learn])
         right[strength] = float((probe.predict((bank[held] - mean) / deviation) == known[held]).mean())
     assert len(set(right.values())) > 3
-    strength, accuracy = linear.choose(bank, known, groups, seed=0)
+    strength, accuracy = linear.choose(bank, known, *linear.drawn(known, groups, 0))
     assert accuracy == pytest.approx(max(right.values()), abs=1.01 / len(held))
     assert right[strength] == pytest.approx(max(right.values()), abs=1.01 / len(held))
 
@@ -87,11 +87,11 @@ def test_where_features_say_nothing_the_probe_is_held_back_and_where_they_say_al
     rng = np.random.default_rng(0)
     groups = np.arange(400).astype(str)
     labels = np.repeat([0, 1], 200)
-    strength, accuracy = linear.choose(rng.normal(size=(400, 200)), labels, groups, seed=0)
+    strength, accuracy = linear.choose(rng.normal(size=(400, 200)), labels, *linear.drawn(labels, groups, 0))
     assert accuracy < 0.7
     told = rng.normal(size=(400, 200))
     told[:, 0] = 8.0 * labels
-    strength, accuracy = linear.choose(told, labels, groups, seed=0)
+    strength, accuracy = linear.choose(told, labels, *linear.drawn(labels, groups, 0))
     assert accuracy == 1.0
     assert strength in linear.STRENGTHS
 
@@ -99,9 +99,10 @@ def test_where_features_say_nothing_the_probe_is_held_back_and_where_they_say_al
 def test_a_bank_that_cannot_be_parted_is_refused() -> None:
     bank, known = clouds(60, 0)
     with pytest.raises(ShardError, match="one patient"):
-        linear.choose(bank, known, np.zeros(60), seed=0)
+        linear.drawn(known, np.zeros(60), 0)
     alone = np.where(known == 2, "a", np.where(np.arange(60) % 2, "b", "c"))      # class 2 is of patient a alone
-    chosen = [linear.choose(bank, known, alone, seed) for seed in range(3)]        # a is held out in some drawings only
+    # a is held out in some drawings only
+    chosen = [linear.choose(bank, known, *linear.drawn(known, alone, seed)) for seed in range(3)]
     assert all(strength in linear.STRENGTHS for strength, _ in chosen)
 
 
@@ -122,8 +123,8 @@ def test_colours_are_a_plain_count_of_levels(shard: Path) -> None:
 def test_the_protocol_writes_what_it_chose_and_its_baselines(shard: Path, tmp_path: Path) -> None:
     torch.manual_seed(0)
     Encoder("test_resnet", {}, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)).save(tmp_path / "encoder", 64, {})
-    settings = Eval(encoder=str(tmp_path / "encoder"), data=EvalData([shard]), protocol="linear", out=tmp_path, size=64,
-                    batch=32, baselines=["random", "colours"])
+    settings = Linear(encoder=str(tmp_path / "encoder"), data=Labelled(shards=[shard]), out=tmp_path, size=64,
+                      batch=32, baselines=["random", "colours"])
     result = linear.run(settings, torch.device("cpu"), 2, lambda *_: None)
     assert json.loads((tmp_path / "linear.json").read_text()) == result
     assert result["protocol"] == "linear"
@@ -133,7 +134,7 @@ def test_the_protocol_writes_what_it_chose_and_its_baselines(shard: Path, tmp_pa
     split, query = features.labelled([shard], "train"), features.labelled([shard], "test")
     bank, asked = (features.colours(each, batch=64, threads=1, progress=lambda *_: None).numpy()
                    for each in (split, query))
-    strength, held_out = linear.choose(bank, split.labels_S.numpy(), split.groups, settings.seed)
+    strength, held_out = linear.choose(bank, split.labels_S.numpy(), *linear.parted(split, settings.seed))
     assert result["baselines"]["colours"]["C"] == strength
     assert result["baselines"]["colours"]["accuracy_held_out"] == pytest.approx(held_out, abs=1e-4)
     probe = linear.fitted(bank, split.labels_S.numpy(), strength)

@@ -9,8 +9,8 @@ import torch
 from sklearn.metrics import balanced_accuracy_score
 
 from shards.index import ShardError
-from ssl_dist.config import Eval, EvalData
 from ssl_dist.eval import features, linear, low
+from ssl_dist.eval.settings import Labelled, Low
 from ssl_dist.models.encoder import Encoder
 
 RANDOM = np.random.default_rng(0)
@@ -62,7 +62,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def evaluated(encoder: Path, shard: Path, out: Path, **changes: Any) -> dict[str, Any]:
-    settings = Eval(**{"encoder": str(encoder), "data": EvalData([shard]), "protocol": "low", "size": 64, "out": out,
+    settings = Low(**{"encoder": str(encoder), "data": Labelled(shards=[shard]), "size": 64, "out": out,
                        "batch": 32, "baselines": ["colours"], "shares": [0.2, 0.5], "per_class": [1], "draws": 3,
                        **changes})
     return low.run(settings, torch.device("cpu"), 2, lambda *_: None)
@@ -82,7 +82,8 @@ def test_the_curve_is_what_a_probe_on_the_same_tiles_gives(exported: Path, shard
     for draw in range(3):
         chosen = low.choice(bank.labels_S.numpy(), bank.groups, "share", 0.5, draw)
         try:
-            strength = linear.choose(known[chosen], bank.labels_S.numpy()[chosen], bank.groups[chosen], 0)[0]
+            strength = linear.choose(known[chosen], bank.labels_S.numpy()[chosen],
+                                     *linear.drawn(bank.labels_S.numpy()[chosen], bank.groups[chosen], 0))[0]
         except ShardError:
             strength = low.BLIND
         guess = linear.fitted(known[chosen], bank.labels_S.numpy()[chosen], strength).predict(asked)

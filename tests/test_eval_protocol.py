@@ -12,8 +12,9 @@ import torch
 from shards import index
 from shards.index import ShardError
 from ssl_dist import config
-from ssl_dist.config import ConfigError, Eval, EvalData
+from ssl_dist.config import ConfigError
 from ssl_dist.eval import features, knn, protocol
+from ssl_dist.eval.settings import Knn, Labelled
 from ssl_dist.models import encoder as encoders
 from ssl_dist.models.encoder import Encoder, EncoderError, salted
 
@@ -33,7 +34,7 @@ def saved(folder: Path, seed: int, **about: Any) -> Path:
 
 
 def evaluated(encoder: Path | str, shard: Path, **changes: Any) -> dict[str, Any]:
-    settings = Eval(**{"encoder": str(encoder), "data": EvalData([shard]), "protocol": "knn", "size": 64,
+    settings = Knn(**{"encoder": str(encoder), "data": Labelled(shards=[shard]), "size": 64,
                        "k": 5, "batch": 32, "baselines": [], **changes})
     return knn.run(settings, torch.device("cpu"), 2, lambda *_: None)
 
@@ -81,7 +82,7 @@ def test_whatever_decides_the_features_is_in_their_key(change: dict[str, Any], e
 def test_other_tiles_have_other_features(exported: Path, shard: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     evaluated(exported, shard)
     seen = counted(monkeypatch)
-    evaluated(exported, shard, data=EvalData([shard], bank="test", query="train"))
+    evaluated(exported, shard, data=Labelled(shards=[shard], bank="test", query="train"))
     assert not seen, "each split for itself"
     labels = [index.NO_LABEL if number % 5 == 0 else label
               for number, label in enumerate(index.samples(shard)["label"].to_pylist())]
@@ -110,7 +111,7 @@ def test_another_encoder_is_a_baseline_and_is_compared_on_the_same_drawings(expo
                                                                             tmp_path: Path) -> None:
     other = saved(tmp_path / "other" / "encoder", 1)
     cohort(shard, tmp_path / "many", [f"p{number}" for number in range(14)], [f"s{number}" for number in range(14)])
-    data = EvalData([tmp_path / "many"], bank="", query="", hold="patient", part=0.5)
+    data = Labelled(shards=[tmp_path / "many"], bank="", query="", hold="patient", part=0.5)
     result = evaluated(exported, shard, baselines=[str(other)], data=data)
     alone = evaluated(other, shard, data=data)
     told = result["baselines"][str(other)]
@@ -152,17 +153,23 @@ def test_a_name_whose_weights_cannot_be_had_is_refused_in_a_sentence(monkeypatch
 
 
 @pytest.mark.parametrize(("words", "said"), [
-    (["encoder=nowhere"], "encoder='nowhere' does not exist"),
-    (["encoder=.", "baselines=[rndom]"], "baselines='rndom' does not exist"),
-    (["encoder=.", "data.query=train"], "both 'train'")])
+    (["encoder=nowhere"], "encoder='nowhere' is no folder here"),
+    (["encoder=.", "baselines=[rndom]"], "baselines has 'rndom', which is neither random nor colours"),
+    (["encoder=.", "data.query=train"], "both 'train'"),
+    (["encoder=.", "data.valid=test"], "data.valid=test is no split apart"),
+    (["encoder=.", "data.hold=patient", "data.valid=valid"], "data.valid=valid is no split apart"),
+    (["encoder=.", "data.targets=."], "say what the table holds with data.kind=several"),
+    (["encoder=.", "protocol=lineer"], "protocol='lineer' is not one of .* did you mean 'linear'"),
+    (["encoder=.", "k=3"], "k=3 is not a key"),
+    (["encoder=.", "protocol=finetune", "baselines=[colours]"], "no weights to fine-tune")])
 def test_what_is_no_encoder_is_said_before_anything_is_loaded(words: list[str], said: str, shard: Path) -> None:
     with pytest.raises(ConfigError, match=said):
-        config.load(Eval, "eval/linear", [*words, f"data.shards=[{shard}]"])
+        config.load_eval("eval/linear", [*words, f"data.shards=[{shard}]"])
 
 
 def test_results_of_an_encoder_that_is_no_folder_go_below_eval(shard: Path) -> None:
-    assert Eval("hf-hub:MahmoodLab/UNI", EvalData([shard])).home == Path("eval/hf-hub_MahmoodLab_UNI")
-    assert Eval("runs/a/encoder", EvalData([shard])).home == Path("runs/a/eval")
+    for encoder, home in (("hf-hub:MahmoodLab/UNI", "eval/hf-hub_MahmoodLab_UNI"), ("runs/a/encoder", "runs/a/eval")):
+        assert Knn(encoder=encoder, data=Labelled(shards=[shard])).home == Path(home)
 
 
 # ---- what is held out
@@ -195,9 +202,9 @@ def test_what_is_held_out_is_whole_and_as_much_as_was_asked_for(by: str, part: f
 
 def test_a_result_of_other_tiles_goes_beside_the_one_that_is_there(exported: Path, shard: Path) -> None:
     first, again = evaluated(exported, shard), evaluated(exported, shard, k=3)
-    other = evaluated(exported, shard, data=EvalData([shard], bank="test", query="train"))
+    other = evaluated(exported, shard, data=Labelled(shards=[shard], bank="test", query="train"))
     assert [Path(each["written"]).name for each in (first, again, other)] == ["knn.json", "knn.json", "knn-2.json"]
-    assert Path(evaluated(exported, shard, data=EvalData([shard], bank="test", query="train"))["written"]) == \
+    assert Path(evaluated(exported, shard, data=Labelled(shards=[shard], bank="test", query="train"))["written"]) == \
         Path(other["written"])
     assert json.loads(Path(first["written"]).read_text()) == again
 
@@ -216,19 +223,19 @@ def test_what_cannot_be_held_out_is_said(shard: Path, tmp_path: Path) -> None:
 
 def test_an_evaluation_may_hold_out_patients_of_one_split(exported: Path, shard: Path, tmp_path: Path) -> None:
     cohort(shard, tmp_path / "many", ["a", "b", "c", "d"], ["s", "t", "u", "v"])
-    result = evaluated(exported, tmp_path / "many", data=EvalData([tmp_path / "many"], bank="", query="",
+    result = evaluated(exported, tmp_path / "many", data=Labelled(shards=[tmp_path / "many"], bank="", query="",
                                                                   hold="patient"))
     assert (result["counts"]["bank_patients"], result["counts"]["query_patients"]) == (3, 1)
 
 
 def test_several_seeds_are_each_what_it_would_have_been_alone(exported: Path, shard: Path, tmp_path: Path) -> None:
     cohort(shard, tmp_path / "many", ["a", "b", "c", "d"], ["s", "t", "u", "v"])
-    data = EvalData([tmp_path / "many"], bank="", query="", hold="patient")
+    data = Labelled(shards=[tmp_path / "many"], bank="", query="", hold="patient")
 
-    def once(settings: Eval) -> dict[str, Any]:
+    def once(settings: Knn) -> dict[str, Any]:
         return knn.run(settings, torch.device("cpu"), 2, lambda *_: None)
 
-    told = Eval(str(exported), data, size=64, k=5, batch=32, seeds=3, seed=4)
+    told = Knn(encoder=str(exported), data=data, size=64, k=5, batch=32, seeds=3, seed=4)
     result = protocol.repeated(once, told)
     alone = [evaluated(exported, shard, data=data, baselines=["random"], seed=seed) for seed in (4, 5, 6)]
     assert result["seeds"]["encoder"]["accuracy"]["values"] == [each["metrics"]["accuracy"] for each in alone]
@@ -290,3 +297,12 @@ def test_the_probability_of_every_class_is_what_the_figures_are_of(exported: Pat
     counts = np.array(result["confusion"])
     assert counts.sum() == result["counts"]["queries"]
     assert result["metrics"]["accuracy"] == pytest.approx(np.trace(counts) / counts.sum(), abs=1e-4)
+
+
+def test_what_a_recipe_says_of_its_own_protocol_does_not_bind_another(exported: Path, shard: Path) -> None:
+    words = [f"encoder={exported}", f"data.shards=[{shard}]"]
+    assert config.load_eval("eval/knn", words).k == 20
+    other = config.load_eval("eval/knn", [*words, "protocol=linear"])
+    assert other.protocol == "linear" and not hasattr(other, "k")
+    with pytest.raises(ConfigError, match=r"k=3 is not a key.*command line"):
+        config.load_eval("eval/knn", [*words, "protocol=linear", "k=3"])

@@ -8,14 +8,14 @@ import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
 
-from ssl_dist.config import Eval, EvalData
 from ssl_dist.eval import sgd
+from ssl_dist.eval.settings import Labelled, Sgd
 from ssl_dist.models.encoder import Encoder
 
 
-def settings(**changes: Any) -> Eval:
-    return Eval(**{"encoder": "x", "data": EvalData([Path("y")]), "protocol": "sgd", "weight_decay": 0.0, "batch": 64,
-                   **changes})
+def settings(**changes: Any) -> Sgd:
+    return Sgd(**{"encoder": "x", "data": Labelled(shards=[Path("y")]), "weight_decay": 0.0, "batch": 64,
+                  **changes})
 
 
 def clouds(count: int = 600, noise: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -68,7 +68,7 @@ def test_it_ends_after_a_while_without_gain(monkeypatch: pytest.MonkeyPatch) -> 
 def test_the_protocol_is_one_of_the_verbs(shard: Path, tmp_path: Path) -> None:
     torch.manual_seed(0)
     Encoder("test_resnet", {}, (0.5,) * 3, (0.5,) * 3).save(tmp_path / "encoder", 64, {})
-    result = sgd.run(settings(encoder=str(tmp_path / "encoder"), data=EvalData([shard]), size=64, steps=200,
+    result = sgd.run(settings(encoder=str(tmp_path / "encoder"), data=Labelled(shards=[shard]), size=64, steps=200,
                               rates=[0.01, 1.0], baselines=["colours"]), torch.device("cpu"), 2, lambda *_: None)
     assert result["lr"] in (0.01, 1.0)
     assert 0 < result["metrics"]["auroc"] <= 1

@@ -13,8 +13,9 @@ from sklearn.preprocessing import StandardScaler
 
 from shards import index
 from shards.index import ShardError
-from ssl_dist.config import ConfigError, Eval, EvalData
+from ssl_dist.config import ConfigError
 from ssl_dist.eval import features, knn, linear
+from ssl_dist.eval.settings import PROTOCOLS, Labelled, Low
 from ssl_dist.models.encoder import Encoder
 
 
@@ -51,8 +52,10 @@ SEVERAL = {"red": lambda colour: int(redness(colour) > 24), "blue": lambda colou
 
 def evaluated(encoder: Path, shard: Path, out: Path, targets: Path, kind: str, protocol: Any = linear,
               **more: Any) -> dict[str, Any]:
-    settings = Eval(str(encoder), EvalData([shard], targets=targets, kind=kind, **more),
-                    protocol.__name__.rpartition(".")[2], out=out, size=64, batch=32, k=7, baselines=["colours"])
+    own = {"k": 7} if protocol is knn else {}
+    settings = PROTOCOLS[protocol.__name__.rpartition(".")[2]](
+        encoder=str(encoder), data=Labelled(shards=[shard], targets=targets, kind=kind, **more), out=out, size=64,
+        batch=32, baselines=["colours"], **own)
     return protocol.run(settings, torch.device("cpu"), 2, lambda *_: None)
 
 
@@ -132,8 +135,8 @@ def test_a_column_of_one_value_and_a_kind_without_a_table_are_refused(exported: 
     targets = table(shard, tmp_path / "t.csv", {"same": lambda _: 1, **SEVERAL})
     with pytest.raises(ShardError, match="one value only of a column"):
         evaluated(exported, shard, tmp_path, targets, "several")
-    for changes in ({"kind": "several"}, {"targets": targets}):
-        assert any("several and numbers are of a table" in each for each in Eval(
-            str(exported), EvalData([shard], **changes)).rules())
+    for changes, said in (({"kind": "several"}, "named by data.targets"), ({"targets": targets}, "data.kind=numbers")):
+        assert any(said in each for each in Labelled(shards=[shard], **changes).rules())
     with pytest.raises(ConfigError, match="knows classes alone"):
-        raise ConfigError(Eval(str(exported), EvalData([shard], targets=targets, kind="numbers"), "low").rules())
+        raise ConfigError(Low(encoder=str(exported),
+                              data=Labelled(shards=[shard], targets=targets, kind="numbers")).rules())

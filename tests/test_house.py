@@ -21,7 +21,9 @@ MAY_IMPORT = {
     "ssl_dist": [],
     "ssl_dist.schema": [],
     "ssl_dist.points": [],
-    "ssl_dist.config": ["ssl_dist.schema", "ssl_dist.schedule", "ssl_dist.methods", "ssl_dist.points"],
+    "ssl_dist.config": ["ssl_dist.schema", "ssl_dist.schedule", "ssl_dist.methods", "ssl_dist.points",
+                        "ssl_dist.eval.settings"],
+    "ssl_dist.eval.settings": ["ssl_dist.models"],
     "ssl_dist.collapse": [],
     "ssl_dist.dist": ["ssl_dist.points", "launch.rank"],
     "ssl_dist.finite": ["ssl_dist.dist", "ssl_dist.data.batch", "shards.folder"],
@@ -64,7 +66,8 @@ DOORS = {
     "typer": "ssl_dist/cli.py", "omegaconf": "ssl_dist/schema.py", "jinja2": "ssl_dist/report/page.py",
     "fsspec": "ssl_dist/data/stage.py",
 }
-NEVER_TORCH = ("shards", "launch", "ssl_dist/report", "ssl_dist/schema.py", "ssl_dist/config.py", "ssl_dist/cli.py")
+NEVER_TORCH = ("shards", "launch", "ssl_dist/report", "ssl_dist/schema.py", "ssl_dist/config.py", "ssl_dist/cli.py",
+               "ssl_dist/eval/settings.py")
 
 
 def module(path: Path) -> str:
@@ -185,6 +188,7 @@ def test_every_recipe_parses_and_begins_with_what_it_is(path: Path, tmp_path: Pa
     from launch.job import Cluster
     from shards import catalogue, write
     from ssl_dist import config, schema
+    from ssl_dist.eval.settings import PROTOCOLS
 
     assert path.read_text().startswith("# ")
     if catalogue.holds(path) == "record":
@@ -193,10 +197,16 @@ def test_every_recipe_parses_and_begins_with_what_it_is(path: Path, tmp_path: Pa
     if catalogue.holds(path) == "many":
         assert schema.load(catalogue.Many, path, [f"root={tmp_path}"])
         return
-    kind = {"shards": write.Settings, "eval": config.Eval, "launch": Cluster}.get(path.parent.name, config.Train)
+    if "eval" in path.relative_to(ROOT / "configs").parts:
+        words = [f"encoder={tmp_path}", f"data.shards=[{tmp_path}]"]
+        told = config.load_eval(str(path), words)
+        for protocol in PROTOCOLS:      # what a recipe says of all holds for any other
+            assert config.load_eval(str(path), [*words, f"protocol={protocol}"]).protocol == protocol
+        assert told.protocol in PROTOCOLS
+        return
+    kind = {"shards": write.Settings, "launch": Cluster}.get(path.parent.name, config.Train)
     # Paths of somebody's machine cannot exist here; everything else must hold.
-    where = {write.Settings: ["source={}"], config.Eval: ["encoder={}", "data.shards=[{}]"],
-             config.Train: ["data.shards=[{}]"], Cluster: []}[kind]
+    where = {write.Settings: ["source={}"], config.Train: ["data.shards=[{}]"], Cluster: []}[kind]
     loaded = schema.load(kind, path, [word.format(tmp_path) for word in where])
     if kind is config.Train:
         config.method_config(loaded)

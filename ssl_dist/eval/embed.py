@@ -18,15 +18,15 @@ import pyarrow.parquet as pq
 import torch
 
 from shards import arrays, folder
-from ssl_dist.config import Eval
 from ssl_dist.eval import features
 from ssl_dist.eval.cache import Cache
 from ssl_dist.eval.protocol import Progress, Source
+from ssl_dist.eval.settings import Embed
 
 COLUMNS = ("key", "dataset", "slide", "patient", "x", "y", "mpp", "label", "split")
 
 
-def run(settings: Eval, device: torch.device, threads: int, progress: Progress) -> dict[str, Any]:
+def run(settings: Embed, device: torch.device, threads: int, progress: Progress) -> dict[str, Any]:
     """Computes, writes, and says what was written."""
     source = Source("encoder", settings)
     split = features.every(settings.data.shards, settings.data.split)

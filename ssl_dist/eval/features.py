@@ -39,13 +39,20 @@ class Split:
     patients: list[str]             # one a tile
     slides: list[str]
     targets_SC: Tensor | None = None        # of a table: labels of which a tile may have several, or one number
+    valid_S: np.ndarray | None = None       # which of them nothing is learnt from: they are what is chosen by
     remarks: list[str] = field(default_factory=list)
 
     def part(self, chosen: np.ndarray) -> "Split":
         """Those of its tiles."""
         return Split(self.reader, self.rows[chosen], self.labels_S[torch.from_numpy(chosen)], self.classes,
                      [self.patients[each] for each in chosen], [self.slides[each] for each in chosen],
-                     None if self.targets_SC is None else self.targets_SC[torch.from_numpy(chosen)])
+                     None if self.targets_SC is None else self.targets_SC[torch.from_numpy(chosen)],
+                     None if self.valid_S is None else self.valid_S[chosen])
+
+    @property
+    def taught(self) -> np.ndarray:
+        """The places of the tiles that may be learnt from."""
+        return np.arange(len(self.rows)) if self.valid_S is None else np.flatnonzero(~self.valid_S)
 
     @property
     def kinds(self) -> np.ndarray:
@@ -65,9 +72,9 @@ class Split:
                                                                                strict=True)])
 
 
-def labelled(shards: list[Path], split: str) -> Split:
-    """The tiles of a split that carry a label."""
-    reader = Reader(shards, split)
+def labelled(shards: list[Path], split: str, valid: str = "") -> Split:
+    """The tiles of a split that carry a label; and of another, by which is chosen."""
+    reader = _reader(shards, split, valid)
     rows = reader.all_rows()
     labels = np.array(reader.column("label", rows))
     classes = [tuple(found.datasets[0]["classes"]) for found in reader.indexes]
@@ -78,10 +85,25 @@ def labelled(shards: list[Path], split: str) -> Split:
         raise ShardError(f"no tile of split {split!r} in {', '.join(map(str, shards))} has a label; shard with labels")
     rows = rows[known]
     return Split(reader, rows, torch.from_numpy(labels[known]).long(), list(classes[0]), reader.column("patient", rows),
-                 reader.column("slide", rows))
+                 reader.column("slide", rows), valid_S=_valid(reader, rows, split, valid))
 
 
-def told(shards: list[Path], split: str, table: Path, kind: str) -> Split:
+def _reader(shards: list[Path], split: str, valid: str) -> Reader:
+    return Reader(shards, only={"split": [split, valid]}) if valid else Reader(shards, split)
+
+
+def _valid(reader: Reader, rows: np.ndarray, split: str, valid: str) -> np.ndarray | None:
+    """Which of the rows are only to choose by; there must be some, and others."""
+    if not valid:
+        return None
+    found = np.array(reader.column("split", rows)) == valid
+    for name, there in ((split, ~found), (valid, found)):
+        if not there.any():
+            raise ShardError(f"no tile of split {name!r} in {', '.join(map(str, reader.folders))} says what is guessed")
+    return found
+
+
+def told(shards: list[Path], split: str, table: Path, kind: str, valid: str = "") -> Split:
     """The tiles of a split of which a table tells what is to be guessed; where a cell is empty, it does not."""
     by, columns, rows = _table(table)
     if kind == "numbers" and len(columns) != 1:
@@ -89,7 +111,7 @@ def told(shards: list[Path], split: str, table: Path, kind: str) -> Split:
                          "guesses one; leave the others out")
     if kind == "several" and (strange := {value for row in rows.values() for value in row} - {0.0, 1.0}):
         raise ShardError(f"{table} holds {sorted(strange)[0]:g}, and kind=several knows 0 and 1 alone")
-    found = every(shards, split)
+    found = every(shards, split, valid)
     names = found.reader.column(by, found.rows)
     chosen = np.flatnonzero([name in rows for name in names])
     if not len(chosen):
@@ -162,12 +184,13 @@ def _sites(split: Split) -> np.ndarray:
     return np.array([code.group(1).upper() for code in codes if code])
 
 
-def every(shards: list[Path], split: str = "") -> Split:
+def every(shards: list[Path], split: str = "", valid: str = "") -> Split:
     """All tiles of a split, or of all, with labels or without."""
-    reader = Reader(shards, split)
+    reader = _reader(shards, split, valid)
     rows = reader.all_rows()
     return Split(reader, rows, torch.from_numpy(np.array(reader.column("label", rows))).long(), [],
-                 reader.column("patient", rows), reader.column("slide", rows))
+                 reader.column("patient", rows), reader.column("slide", rows),
+                 valid_S=_valid(reader, rows, split, valid))
 
 
 @torch.inference_mode()

@@ -1,7 +1,8 @@
 """Fine-tuning: the encoder and a linear layer learn the classes together, the encoder's first layers slowest.
 
 AdamW, half a cosine after a tenth of warmup, tiles turned and mirrored at random. A fifth of the bank's patients is
-held out, and the weights of the pass that is best on it are asked about the queries.
+held out (or a split is given, `data.valid`), and the weights of the pass that is best there are asked about the
+queries.
 
 Q queries   B tiles of a step   C classes
 """
@@ -17,33 +18,30 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssl_dist import schedule
-from ssl_dist.config import ConfigError, Eval
 from ssl_dist.eval import features, linear, metrics, protocol
 from ssl_dist.eval.features import Split
 from ssl_dist.eval.protocol import Progress, Source, Verdict
+from ssl_dist.eval.settings import Finetune
 
 WARMUP = 0.1            # of all steps
 
 
-def run(settings: Eval, device: torch.device, threads: int, progress: Progress) -> dict[str, Any]:
+def run(settings: Finetune, device: torch.device, threads: int, progress: Progress) -> dict[str, Any]:
     """The protocol: the encoder learns, then every baseline from its own weights, by the same rules."""
-    if "colours" in settings.baselines:
-        raise ConfigError(["baselines=colours has no weights to fine-tune; leave it out"])
-
     def judged(source: Source, bank: Split, query: Split) -> Verdict:
         return tuned(source, bank, query, settings, device, threads, functools.partial(progress, source.name))
 
     def allow(bank: Split) -> None:
-        linear.parted(bank.labels_S.numpy(), bank.groups, settings.seed)
+        linear.parted(bank, settings.seed)
 
     return protocol.compare(settings, judged, allow)
 
 
-def tuned(source: Source, bank: Split, query: Split, settings: Eval, device: torch.device, threads: int,
+def tuned(source: Source, bank: Split, query: Split, settings: Finetune, device: torch.device, threads: int,
           progress: Callable[[int, int], None]) -> Verdict:
     """What one encoder guesses once it has learnt, and how good each pass was on the patients held out."""
     labels_S = bank.labels_S
-    learn, held = linear.parted(labels_S.numpy(), bank.groups, settings.seed)
+    learn, held = linear.parted(bank, settings.seed)
     torch.manual_seed(settings.seed)
     encoder = source.network(settings.seed)
     head = nn.Linear(encoder.width, len(bank.classes))

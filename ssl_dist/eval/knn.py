@@ -14,10 +14,10 @@ from torch import Tensor
 
 from shards import folder
 from shards.index import ShardError
-from ssl_dist.config import Eval
 from ssl_dist.eval import protocol
 from ssl_dist.eval.features import Split
 from ssl_dist.eval.protocol import Progress, Verdict
+from ssl_dist.eval.settings import Knn
 
 
 def neighbours(query_QD: Tensor, bank_BD: Tensor, k: int, chunk: int = 1024) -> tuple[Tensor, Tensor]:
@@ -46,7 +46,7 @@ def _weights(similarity_QK: Tensor, temperature: float) -> Tensor:
     return ((similarity_QK - similarity_QK[:, :1]) / temperature).exp()
 
 
-def run(settings: Eval, device: torch.device, threads: int, progress: Progress) -> dict[str, Any]:
+def run(settings: Knn, device: torch.device, threads: int, progress: Progress) -> dict[str, Any]:
     """The protocol: features of both splits, a vote for every query, and the same for each baseline."""
     shown: list[tuple[Tensor, Tensor]] = []         # of the encoder, which is judged first
 

@@ -17,38 +17,39 @@ from torch import Tensor
 
 from shards import folder
 from shards.index import ShardError
-from ssl_dist.config import Eval
 from ssl_dist.eval import linear, metrics, protocol
 from ssl_dist.eval.features import Split
 from ssl_dist.eval.protocol import Progress, Verdict
+from ssl_dist.eval.settings import Low
 
 BLIND = 0.01            # strength of a probe for which no patients can be held out to choose it by
 
 
-def run(settings: Eval, device: torch.device, threads: int, progress: Progress) -> dict[str, Any]:
+def run(settings: Low, device: torch.device, threads: int, progress: Progress) -> dict[str, Any]:
     """The protocol: a probe for every number of labels and every choice of them, and one that knows all."""
     shown: list[tuple[str, list[dict[str, Any]]]] = []
 
     def judge(bank_BD: Tensor, bank: Split, query_QD: Tensor, query: Split) -> Verdict:
-        known, groups, truth = bank.labels_S.numpy(), bank.groups, query.labels_S.numpy()
+        labels_B, groups_B, own, truth = bank.labels_S.numpy(), bank.groups, bank.taught, query.labels_S.numpy()
         rows: list[dict[str, Any]] = []
         for name, value in (*(("share", each) for each in sorted(settings.shares)),
                             *(("per_class", each) for each in sorted(settings.per_class)), ("share", 1.0)):
             found = []
             for draw in range(1 if (name, value) == ("share", 1.0) else settings.draws):
-                chosen = choice(known, groups, name, value, settings.seed + draw)
-                scores_QC, strength = _probed(bank_BD.numpy()[chosen], known[chosen], groups[chosen], query_QD.numpy(),
-                                              len(bank.classes), settings.seed)
+                chosen = own[choice(labels_B[own], groups_B[own], name, value, settings.seed + draw)]
+                strength = _strength(bank_BD.numpy(), bank, chosen, settings.seed)
+                probe = linear.fitted(bank_BD.numpy()[chosen], labels_B[chosen], strength)
+                scores_QC = linear.scores(probe, query_QD.numpy(), len(bank.classes))
                 found.append({**metrics.classification(truth, scores_QC)(None), "tiles": len(chosen), "C": strength,
-                              "patients": len(np.unique(groups[chosen]))})
+                              "patients": len(np.unique(groups_B[chosen]))})
             rows.append({name: value, "draws": len(found), **{
                 key: _spread([each[key] for each in found]) for key in found[0]}})
         shown.append((("encoder", *settings.baselines)[len(shown)], rows))
         return Verdict(scores_QC, {}, rows)     # of the last, which knows every label
 
     def allow(bank: Split) -> None:
-        linear.parted(bank.labels_S.numpy(), bank.groups, settings.seed)
-        fewest = int(np.bincount(bank.labels_S.numpy())[np.unique(bank.labels_S.numpy())].min())
+        linear.parted(bank, settings.seed)
+        fewest = int(np.unique(bank.labels_S.numpy()[bank.taught], return_counts=True)[1].min())
         if settings.per_class and max(settings.per_class) > fewest:
             raise ShardError(f"per_class={max(settings.per_class)} labels are more than the {fewest} tiles of the "
                              "bank's rarest class; lower it")
@@ -83,14 +84,17 @@ def choice(labels_B: np.ndarray, groups_B: np.ndarray, how: str, value: float, s
     return np.sort(np.concatenate(chosen))
 
 
-def _probed(bank_BD: np.ndarray, labels_B: np.ndarray, groups_B: np.ndarray, query_QD: np.ndarray, classes: int,
-            seed: int) -> tuple[np.ndarray, float]:
-    """Scores (Q, C) of a probe, and its strength, chosen by patients held out where there are enough."""
+def _strength(bank_BD: np.ndarray, bank: Split, chosen: np.ndarray, seed: int) -> float:
+    """How strongly the probe of some tiles is held back: chosen by the split there is for it, or by patients held out
+    where there are enough of them."""
+    labels_B = bank.labels_S.numpy()
+    if bank.valid_S is not None:
+        return linear.choose(bank_BD, labels_B, chosen, np.flatnonzero(bank.valid_S))[0]
     try:
-        strength, _ = linear.choose(bank_BD, labels_B, groups_B, seed)
+        learn, held = linear.drawn(labels_B[chosen], bank.groups[chosen], seed)
     except ShardError:
-        strength = BLIND
-    return linear.scores(linear.fitted(bank_BD, labels_B, strength), query_QD, classes), strength
+        return BLIND
+    return linear.choose(bank_BD, labels_B, chosen[learn], chosen[held])[0]
 
 
 def _spread(values: list[float]) -> dict[str, float]:

@@ -5,6 +5,7 @@ Q queries   B bank   D width   C classes   S tiles of a split
 
 import contextlib
 import functools
+import itertools
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -17,10 +18,10 @@ from torch import Tensor
 
 from shards import folder
 from shards.index import ShardError
-from ssl_dist.config import Eval
 from ssl_dist.eval import features, intervals, leakage, metrics
 from ssl_dist.eval.cache import Cache
 from ssl_dist.eval.features import Split
+from ssl_dist.eval.settings import Eval, Judged
 from ssl_dist.models import encoder as encoders
 
 UNKNOWN = ""            # the patient of a tile whose source does not say
@@ -78,7 +79,7 @@ class Source:
 Judge = Callable[[Tensor, Split, Tensor, Split], Verdict]           # features of the bank (B, D), and of the queries
 
 
-def run(settings: Eval, judge: Judge, device: torch.device, threads: int, progress: Progress,
+def run(settings: Judged, judge: Judge, device: torch.device, threads: int, progress: Progress,
         allow: Callable[[Split], None] = lambda _: None,
         draw: Callable[[Split, Split, Path], list[str]] = lambda *_: []) -> dict[str, Any]:
     """Judges the encoder and every baseline by their features; writes and returns the result.
@@ -98,13 +99,14 @@ def run(settings: Eval, judge: Judge, device: torch.device, threads: int, progre
     return compare(settings, judged, allow, draw)
 
 
-def repeated(once: Callable[[Eval], dict[str, Any]], settings: Eval) -> dict[str, Any]:
+def repeated(once: Callable[[Any], dict[str, Any]], settings: Eval) -> dict[str, Any]:
     """The result of the first seed, and beside it the figures of every: what is drawn (held out, untrained) varies,
     and the encoder does not."""
     # The first at last: pictures that are left are of it.
-    results = [once(replace(settings, seed=settings.seed + number)) for number in reversed(range(settings.seeds))][::-1]
+    seeds = settings.seeds if isinstance(settings, Judged) else 1
+    results = [once(replace(settings, seed=settings.seed + number)) for number in reversed(range(seeds))][::-1]
     first = results[0]
-    if settings.seeds > 1:
+    if seeds > 1:
         first["seeds"] = {what: {name: _summed([figures[name] for figures in found if name in figures])
                                  for name in found[0] if name in first["metrics"]}
                           for what, found in {"encoder": [each["metrics"] for each in results], **{
@@ -119,7 +121,7 @@ def _summed(values: list[float]) -> dict[str, Any]:
             if len(values) > 1 else 0.0, "values": values}
 
 
-def compare(settings: Eval, judged: Callable[[Source, Split, Split], Verdict],
+def compare(settings: Judged, judged: Callable[[Source, Split, Split], Verdict],
             allow: Callable[[Split], None] = lambda _: None,
             draw: Callable[[Split, Split, Path], list[str]] = lambda *_: []) -> dict[str, Any]:
     """What `judged` makes of the encoder and of every baseline, in figures; writes and returns the result."""
@@ -144,7 +146,8 @@ def compare(settings: Eval, judged: Callable[[Source, Split, Split], Verdict],
             "intervals": intervals.intervals(measures["encoder"], drawn),
             "baselines": {what: {**_figures(measures[what]), **verdict.facts} for what, verdict in verdicts.items()},
             "against": {what: intervals.compared(measures["encoder"], measures[what], drawn) for what in verdicts},
-            "counts": {"bank": len(bank.rows), "queries": len(query.rows),
+            "counts": {"bank": len(bank.taught), "queries": len(query.rows),
+                       **({} if bank.valid_S is None else {"valid": int(bank.valid_S.sum())}),
                        "bank_patients": len(set(bank.patients) - {UNKNOWN}),
                        "query_patients": len(set(query.patients) - {UNKNOWN}), "shared_patients": 0,
                        "unknown_patients": query.patients.count(UNKNOWN)},
@@ -152,7 +155,8 @@ def compare(settings: Eval, judged: Callable[[Source, Split, Split], Verdict],
             "seen_in_pretraining": seen,
             "classes": bank.classes, "confusion": confusion, "pictures": draw(bank, query, out),
             "warnings": [*bank.remarks, *query.remarks, *_doubts(settings.encoder, query, seen)],
-            "asked": {"bank": data.bank, "query": data.hold or data.query, "targets": str(data.targets or "")},
+            "asked": {"bank": data.bank, "query": data.hold or data.query, "targets": str(data.targets or ""),
+                      **({"valid": data.valid} if data.valid else {})},
             "seed": settings.seed,
         }
     result["written"] = str(_place(out, settings.protocol, result))
@@ -177,34 +181,37 @@ def _place(out: Path, protocol: str, result: dict[str, Any]) -> Path:
 
 
 @contextlib.contextmanager
-def _compared(settings: Eval) -> Iterator[tuple[Split, Split]]:
+def _compared(settings: Judged) -> Iterator[tuple[Split, Split]]:
     """Both splits, if a figure of merit between them would mean something."""
     data = settings.data
 
-    def labelled(split: str) -> Split:
-        return features.told(data.shards, split, data.targets, data.kind) if data.targets else \
-            features.labelled(data.shards, split)
+    def labelled(split: str, valid: str = "") -> Split:
+        return features.told(data.shards, split, data.targets, data.kind, valid) if data.targets else \
+            features.labelled(data.shards, split, valid)
 
-    bank = labelled(data.bank)
+    bank = labelled(data.bank, data.valid if settings.CHOOSES else "")
     if data.hold:
         bank, query = features.held_out(bank, data.hold, data.part, settings.seed)
     else:
         query = labelled(data.query)
     with contextlib.closing(bank.reader), contextlib.closing(query.reader):
-        for name, split in ((data.bank, bank), (data.query, query)):
+        for name, split in ((data.bank, bank.part(bank.taught)), (data.query, query)):
             if split.targets_SC is None and len(split.labels_S.unique()) < 2:
                 raise ShardError(f"split {name!r} holds one class only: every guess would be right; label more classes")
             if split.targets_SC is not None and bool((split.targets_SC == split.targets_SC[0]).all(dim=0).any()):
                 raise ShardError(f"split {name!r} holds one value only of a column of {data.targets}: every guess "
                                  "would be right; leave that column out")
-        if shared := sorted(set(bank.patients) & set(query.patients) - {UNKNOWN}):
-            raise ShardError(f"{len(shared)} patients are in both {data.bank!r} and {data.query!r} ({shared[0]!r}, …): "
-                             "tiles of one patient resemble each other, so the score would be too good; shard again "
-                             "with a split by patient, or use data.hold=patient")
+        sides = {data.bank: bank, data.query: query} if bank.valid_S is None else {
+            data.bank: bank.part(bank.taught), data.valid: bank.part(np.flatnonzero(bank.valid_S)), data.query: query}
+        for (name, one), (other_name, other) in itertools.combinations(sides.items(), 2):
+            if shared := sorted(set(one.patients) & set(other.patients) - {UNKNOWN}):
+                raise ShardError(f"{len(shared)} patients are in both {name!r} and {other_name!r} ({shared[0]!r}, …): "
+                                 "tiles of one patient resemble each other, so the score would be too good; shard "
+                                 "again with a split by patient, or use data.hold=patient")
         yield bank, query
 
 
-def _measure(query: Split, settings: Eval, scores_QC: np.ndarray) -> metrics.Measure:
+def _measure(query: Split, settings: Judged, scores_QC: np.ndarray) -> metrics.Measure:
     """The figures that go with what was guessed."""
     if query.targets_SC is None:
         return metrics.classification(query.labels_S.numpy(), scores_QC, ordered=settings.data.ordered)

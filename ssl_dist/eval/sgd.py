@@ -13,30 +13,30 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssl_dist import schedule
-from ssl_dist.config import Eval
 from ssl_dist.eval import linear, metrics, protocol
 from ssl_dist.eval.features import Split
 from ssl_dist.eval.protocol import Progress, Verdict
+from ssl_dist.eval.settings import Sgd
 
 LOOKS = 50          # at the patients held out, over the whole training
 
 
-def run(settings: Eval, device: torch.device, threads: int, progress: Progress) -> dict[str, Any]:
+def run(settings: Sgd, device: torch.device, threads: int, progress: Progress) -> dict[str, Any]:
     """The protocol: features of both splits, a layer on the bank, and the same for each baseline."""
     def judge(bank_BD: Tensor, bank: Split, query_QD: Tensor, query: Split) -> Verdict:      # noqa: ARG001
-        learn, held = linear.parted(bank.labels_S.numpy(), bank.groups, settings.seed)
+        learn, held = linear.parted(bank, settings.seed)
         layer, facts = trained(bank_BD, bank.labels_S, learn, held, len(bank.classes), settings)
         with torch.inference_mode():
             return Verdict(layer(query_QD).softmax(dim=1).double().numpy(), facts)
 
     def allow(bank: Split) -> None:
-        linear.parted(bank.labels_S.numpy(), bank.groups, settings.seed)
+        linear.parted(bank, settings.seed)
 
     return protocol.run(settings, judge, device, threads, progress, allow)
 
 
 def trained(bank_BD: Tensor, labels_B: Tensor, learn: np.ndarray, held: np.ndarray, classes: int,
-            settings: Eval) -> tuple[nn.Linear, dict[str, Any]]:
+            settings: Sgd) -> tuple[nn.Linear, dict[str, Any]]:
     """The layer that is best on the tiles held out, of every rate and look; and which that is."""
     torch.manual_seed(settings.seed)
     layers = [nn.Linear(bank_BD.shape[1], classes) for _ in settings.rates]

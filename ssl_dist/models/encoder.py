@@ -16,7 +16,7 @@ from timm.models import save_for_hf
 from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
 
-ELSEWHERE = "timm:", "hf-hub:"      # encoders that are no folder here: timm's own, and those on the Hugging Face hub
+from ssl_dist.models import ELSEWHERE
 
 
 class EncoderError(ValueError):

@@ -1,0 +1,222 @@
+"""What an evaluation is told: a dataclass a protocol, of what they share and what is its own. Imports no torch."""
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ssl_dist.models import ELSEWHERE
+
+BASELINES = "random", "colours"
+
+
+@dataclass(kw_only=True)
+class Tiles:
+    """All tiles there are, labelled or not."""
+
+    shards: list[Path] = field(metadata={"exists": True, "some": True, "help": "shard folders"})
+    split: str = field(default="", metadata={"help": "only tiles of this split; empty: all"})
+
+
+@dataclass(kw_only=True)
+class Labelled:
+    """Tiles of which something is known and tiles of which it is guessed."""
+
+    shards: list[Path] = field(metadata={"exists": True, "some": True, "help": "labelled shard folders"})
+    bank: str = field(default="train", metadata={"help": "split whose labels are known"})
+    query: str = field(default="test", metadata={"help": "split whose labels are guessed"})
+    valid: str = field(default="", metadata={"help": "split on which a probe is chosen that learns from the bank; "
+                                                     "empty: a fifth of the bank's patients"})
+    targets: Path | None = field(default=None, metadata={
+        "exists": True, "help": "a CSV table of what to guess instead of labels: a column key, slide or patient, and "
+                                "one for each thing to guess"})
+    kind: str = field(default="classes", metadata={
+        "choices": ("classes", "several", "numbers"), "help": "classes: one label a tile; of targets=: several (0 or 1 "
+                                                              "in each column), or numbers (one column)"})
+    ordered: bool = field(default=False, metadata={"help": "classes are grades: adds the quadratic kappa"})
+    hold: str = field(default="", metadata={
+        "choices": ("", "patient", "slide", "site"),
+        "help": "hold out whole patients, slides, or sites (TCGA) of split bank as the query; empty: split query"})
+    part: float = field(default=0.25, metadata={"range": (0.01, 0.9), "help": "of the tiles, that hold= holds out"})
+
+    def rules(self) -> list[str]:
+        """What cannot be said of one value alone."""
+        broken = []
+        if self.hold and self.query not in ("", "test"):
+            broken.append(f"query={self.query} goes unused with data.hold={self.hold}, which holds out a part of "
+                          "data.bank; leave one of them out")
+        if self.bank == self.query and not self.hold:
+            broken.append(f"bank and data.query are both {self.bank!r}: every tile would find itself")
+        if self.valid and (self.hold or not self.bank or self.valid in (self.bank, self.query)):
+            broken.append(f"valid={self.valid} is no split apart from data.bank={self.bank!r} and "
+                          + (f"data.hold={self.hold}" if self.hold else f"data.query={self.query!r}")
+                          + "; name another, or none")
+        if (self.kind == "classes") != (self.targets is None):
+            broken.append(f"kind={self.kind} and data.targets={self.targets}: "
+                          + ("say what the table holds with data.kind=several (0 or 1 in each column) or "
+                             "data.kind=numbers (one column)" if self.targets else "several and numbers are of a "
+                             "table, named by data.targets; classes are the shards' labels"))
+        return broken
+
+
+@dataclass(kw_only=True)
+class Eval:
+    """`ssl-dist eval`: what every protocol is told."""
+
+    encoder: str = field(metadata={"help": "an encoder folder, or timm:NAME or hf-hub:OWNER/NAME"})
+    protocol: str
+    out: Path | None = field(default=None, metadata={"help": "folder of results; null: eval/ beside the encoder"})
+    cache: bool = field(default=True, metadata={"help": "keep features in OUT/features, and compute them once"})
+    precision: str = field(default="fp32", metadata={"choices": ("fp32", "bf16"), "help": "of the encoder"})
+    size: int | None = field(default=None, metadata={"range": (16, 4096), "help": "pixels a tile is resized to; null: "
+                                                     "as wide as what the encoder was trained on"})
+    batch: int = field(default=256, metadata={"range": (1, 10**6), "help": "tiles looked at together"})
+    threads: int = field(default=0, metadata={"range": (0, 1024), "help": "0: all cores"})
+    device: str = field(default="auto", metadata={"choices": ("auto", "cpu", "cuda"), "help": "cuda: every GPU there is"
+                                                  })
+    seed: int = field(default=0, metadata={"range": (0, 2**32 - 1), "help": "of the random baseline, and of all that "
+                                                                            "is drawn"})
+
+    def rules(self) -> list[str]:
+        """What cannot be said of one value alone."""
+        if self.encoder.startswith(ELSEWHERE) or Path(self.encoder).exists():
+            return []
+        return [f"encoder={self.encoder!r} is no folder here (looked in {Path.cwd()}); a run writes RUN/encoder when "
+                "it ends, `ssl-dist export RUN` before; others are timm:NAME and hf-hub:OWNER/NAME"]
+
+    @property
+    def home(self) -> Path:
+        """Where results go: `out`, or eval/ beside the encoder; of one that is no folder, below eval/ here."""
+        if self.out:
+            return self.out
+        if self.encoder.startswith(ELSEWHERE):
+            return Path("eval") / re.sub(r"[^\w.-]+", "_", self.encoder)
+        return Path(self.encoder).parent / "eval"
+
+
+@dataclass(kw_only=True)
+class Judged(Eval):
+    """Figures of merit, beside those of baselines."""
+
+    data: Labelled
+    baselines: list[str] = field(default_factory=lambda: ["random"], metadata={
+        "help": "random: the same network untrained; colours: histograms; or another encoder, as encoder= takes it"})
+    seeds: int = field(default=1, metadata={"range": (1, 1000), "help": "so many times over, with seed, seed + 1, …"})
+
+    TABLES = False          # whether it guesses what a table tells, beside classes
+    CHOOSES = True          # whether it chooses something by tiles that it does not learn from
+
+    def rules(self) -> list[str]:
+        """What cannot be said of one value alone."""
+        broken = super().rules()
+        if self.data.kind != "classes" and not self.TABLES:
+            able = ", ".join(name for name, kind in PROTOCOLS.items() if getattr(kind, "TABLES", False))
+            broken.append(f"protocol={self.protocol} knows classes alone; data.kind={self.data.kind} goes with {able}")
+        for source in self.baselines:
+            if not (source.startswith(ELSEWHERE) or source in BASELINES or Path(source).exists()):
+                broken.append(f"baselines has {source!r}, which is neither {' nor '.join(BASELINES)}, nor an encoder's "
+                              f"folder (looked in {Path.cwd()}), nor timm:NAME or hf-hub:OWNER/NAME")
+        return broken
+
+
+@dataclass(kw_only=True)
+class Knn(Judged):
+    """k nearest neighbours vote."""
+
+    protocol: str = "knn"
+    k: int = field(default=20, metadata={"range": (1, 10**6), "help": "neighbours that vote"})
+    temperature: float = field(default=0.07, metadata={"range": (1e-3, 100), "help": "of the votes"})
+
+    TABLES = True
+    CHOOSES = False
+
+
+@dataclass(kw_only=True)
+class Linear(Judged):
+    """Logistic regression on all features at once."""
+
+    protocol: str = "linear"
+
+    TABLES = True
+
+
+@dataclass(kw_only=True)
+class Sgd(Judged):
+    """A linear layer, trained step by step."""
+
+    protocol: str = "sgd"
+    optimizer: str = field(default="sgd", metadata={"choices": ("sgd", "adamw")})
+    rates: list[float] = field(default_factory=lambda: [1e-3, 1e-2, 1e-1, 1.0, 10.0], metadata={
+        "some": True, "help": "learning rates, of which the best is taken"})
+    steps: int = field(default=5000, metadata={"range": (1, 10**7)})
+    patience: float = field(default=1.0, metadata={"range": (0.01, 1), "help": "part of the steps without gain, after "
+                                                                               "which it ends"})
+    weight_decay: float = field(default=0.0, metadata={"range": (0, 10)})
+
+    def rules(self) -> list[str]:
+        """What cannot be said of one value alone."""
+        return super().rules() + [f"rates has {each:g}; a learning rate is more than 0" for each in self.rates
+                                  if not each > 0]
+
+
+@dataclass(kw_only=True)
+class Low(Judged):
+    """Few labels."""
+
+    protocol: str = "low"
+    shares: list[float] = field(default_factory=lambda: [0.01, 0.05, 0.1, 0.25, 0.5], metadata={
+        "help": "parts of the bank's labels that are known"})
+    per_class: list[int] = field(default_factory=list, metadata={"help": "labels of each class that are known"})
+    draws: int = field(default=5, metadata={"range": (1, 1000), "help": "choices of those labels"})
+
+    def rules(self) -> list[str]:
+        """What cannot be said of one value alone."""
+        return [*super().rules(), *(f"shares has {each:g}, which is no part of the labels; write 0.1 for a tenth"
+                                    for each in self.shares if not 0 < each < 1),
+                *(f"per_class has {each}; one label of a class is the least" for each in self.per_class if each < 1)]
+
+
+@dataclass(kw_only=True)
+class Finetune(Judged):
+    """The encoder learns as well."""
+
+    protocol: str = "finetune"
+    epochs: int = field(default=10, metadata={"range": (1, 10**4), "help": "passes over the bank"})
+    lr: float = field(default=5e-4, metadata={"range": (1e-9, 100), "help": "of the head, at the top"})
+    layer_decay: float = field(default=0.75, metadata={"range": (0.01, 1), "help": "of lr, from a layer to the one "
+                                                                                   "before it"})
+    weight_decay: float = field(default=0.05, metadata={"range": (0, 10)})
+    batch: int = field(default=64, metadata={"range": (2, 10**6), "help": "tiles a step"})
+
+    def rules(self) -> list[str]:
+        """What cannot be said of one value alone."""
+        return super().rules() + (["baselines=colours has no weights to fine-tune; leave it out"]
+                                  if "colours" in self.baselines else [])
+
+
+@dataclass(kw_only=True)
+class Embed(Eval):
+    """Vectors for other programs."""
+
+    protocol: str = "embed"
+    data: Tiles
+    write: list[str] = field(default_factory=lambda: ["parquet", "h5"], metadata={
+        "choices": ("parquet", "h5"), "some": True, "help": "a table, and a file a slide"})
+
+
+@dataclass(kw_only=True)
+class Look(Eval):
+    """Pictures of what an encoder sees."""
+
+    protocol: str = "look"
+    data: Tiles
+    tiles: int = field(default=5000, metadata={"range": (10, 10**6), "help": "at most, evenly from all there are"})
+    queries: int = field(default=8, metadata={"range": (1, 64), "help": "tiles shown with their neighbours"})
+    maps: list[str] = field(default_factory=lambda: ["pca", "umap"], metadata={
+        "choices": ("pca", "umap"), "help": "umap needs umap-learn: pip install 'ssl_dist[maps]'"})
+    colour: list[str] = field(default_factory=lambda: ["label", "slide", "site", "stain"], metadata={
+        "choices": ("label", "slide", "site", "stain", "dataset", "organ", "split"),
+        "help": "by what tiles are coloured on the maps, where they differ in it"})
+
+
+PROTOCOLS: dict[str, type[Eval]] = {"knn": Knn, "linear": Linear, "sgd": Sgd, "low": Low, "finetune": Finetune,
+                                    "embed": Embed, "look": Look}

@@ -1,0 +1,40 @@
+"""A result in lines for people."""
+
+from collections.abc import Iterator
+from typing import Any
+
+
+def lines(result: dict[str, Any]) -> Iterator[str]:
+    """What was found, how sure it is, what it is to be held against, and where it is written."""
+    counts = result["counts"]
+    if result["protocol"] == "embed":
+        yield "{tiles} tiles of {slides} slides, {width} numbers each".format(**counts)
+    elif result["protocol"] == "look":
+        yield "{tiles} tiles of {slides} slides: ".format(**counts) + ", ".join(result["pictures"])
+    else:
+        yield from _figures(result)
+    for words in result["warnings"]:
+        yield f"warning: {words}"
+    for name, figures in result["baselines"].items():
+        yield f"{name}: " + ", ".join(f"{key} {figures[key]:.3f}" for key in result["metrics"] if key in figures)
+        if apart := result["against"].get(name):
+            yield "  the encoder has " + ", ".join(
+                "{} {:+.3f} ({:+.3f} to {:+.3f}, p {:g})".format(key, told["difference"], *told["interval"], told["p"])
+                for key, told in apart.items())
+    if result["protocol"] == "low":
+        for name, rows in result["curves"].items():
+            yield f"{name}, balanced accuracy with few labels: " + ", ".join(
+                (f"{row['share']:.0%}" if "share" in row else f"{row['per_class']} a class")
+                + " {mean:.3f} ± {deviation:.3f}".format(**row["balanced_accuracy"]) for row in rows)
+    yield f"written to {result['written']}"
+
+
+def _figures(result: dict[str, Any]) -> Iterator[str]:
+    knows = ", knowing all labels" if result["protocol"] == "low" else ""
+    leaked = ", on tiles seen in pretraining" if any((result["seen_in_pretraining"] or {}).values()) else ""
+    between = {name: " ({:.3f} to {:.3f})".format(*edges) for name, edges in result["intervals"].items()}
+    yield f"{result['protocol']}{knows}{leaked}: " + ", ".join(
+        f"{name} {value:.3f}{between.get(name, '')}" for name, value in result["metrics"].items())
+    for what, figures in result.get("seeds", {}).items():
+        yield f"{what}, over seeds: " + ", ".join(f"{name} {each['mean']:.3f} ± {each['deviation']:.3f}"
+                                                  for name, each in figures.items())
