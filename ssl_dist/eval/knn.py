@@ -3,21 +3,20 @@
 Q queries   B bank   K neighbours   D width   C classes
 """
 
-import io
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
 from torch import Tensor
 
-from shards import folder
 from shards.index import ShardError
-from ssl_dist.eval import protocol
+from ssl_dist.eval import protocol, sheets
 from ssl_dist.eval.features import Split
 from ssl_dist.eval.protocol import Progress, Verdict
 from ssl_dist.eval.settings import Knn
+
+ROWS = 8            # queries on the picture
 
 
 def neighbours(query_QD: Tensor, bank_BD: Tensor, k: int, chunk: int = 1024) -> tuple[Tensor, Tensor]:
@@ -66,33 +65,12 @@ def run(settings: Knn, device: torch.device, threads: int, progress: Progress) -
     def draw(bank: Split, query: Split, out: Path) -> list[str]:
         if not shown:       # of numbers, and of several labels, there is no one word to write beside a tile
             return []
-        _sheet(bank, query, *shown[0], out / "knn_neighbours.png")
+        places_QK, answer_Q = shown[0]
+        # Evenly through the classes, so that the sheet does not show what the tars happened to begin with.
+        order = torch.argsort(query.labels_S, stable=True)
+        rows = order[torch.linspace(0, len(order) - 1, min(ROWS, len(order))).long()].numpy()
+        sheets.votes(bank, query, rows, places_QK[rows, :sheets.NEAREST].numpy(), answer_Q[rows].tolist(),
+                     out / "knn_neighbours.png")
         return ["knn_neighbours.png"]
 
     return protocol.run(settings, judge, device, threads, progress, allow, draw)
-
-
-def _sheet(bank: Split, query: Split, places_QK: Tensor, answer_Q: Tensor, out: Path, rows: int = 8) -> None:
-    """Queries on the left, their nearest tiles of other patients to the right; framed green where the class agrees."""
-    side, gap, columns = 96, 8, min(7, places_QK.shape[1])
-    # Evenly through the classes, so that the sheet does not show what the tars happened to begin with.
-    order = torch.argsort(query.labels_S, stable=True)
-    chosen = order[torch.linspace(0, len(order) - 1, min(rows, len(order))).long()]
-    extent = (columns + 1) * (side + gap) + 2 * gap, len(chosen) * (side + gap + 14) + gap
-    sheet = Image.new("RGB", extent, (255, 255, 255))
-    draw = ImageDraw.Draw(sheet)
-    for line, number in enumerate(chosen.tolist()):
-        top = gap + line * (side + gap + 14)
-        truth, guess = (bank.classes[int(labels[number])] for labels in (query.labels_S, answer_Q))
-        draw.text((gap, top - 2), f"{truth}" + ("" if truth == guess else f", taken for {guess}"), fill=(0, 0, 0))
-        tiles = [(query, number)] + [(bank, place) for place in places_QK[number, :columns].tolist()]
-        for column, (split, place) in enumerate(tiles):
-            left = gap + column * (side + gap) + (gap if column else 0)
-            encoded = split.reader.read(split.rows[[place]])[0].tobytes()
-            sheet.paste(Image.open(io.BytesIO(encoded)).convert("RGB").resize((side, side)), (left, top + 12))
-            agrees = bool(split.labels_S[place] == query.labels_S[number])
-            frame = (60, 60, 60) if column == 0 else ((22, 130, 80) if agrees else (200, 60, 50))
-            draw.rectangle((left - 2, top + 10, left + side + 1, top + 13 + side), outline=frame, width=2)
-    buffer = io.BytesIO()
-    sheet.save(buffer, "PNG")
-    folder.write(out, buffer.getvalue())

@@ -213,9 +213,10 @@ class Look(Eval):
     queries: int = field(default=8, metadata={"range": (1, 64), "help": "tiles shown with their neighbours"})
     maps: list[str] = field(default_factory=lambda: ["pca", "umap"], metadata={
         "choices": ("pca", "umap"), "help": "umap needs umap-learn: pip install 'ssl_dist[maps]'"})
-    colour: list[str] = field(default_factory=lambda: ["label", "slide", "site", "stain"], metadata={
-        "choices": ("label", "slide", "site", "stain", "dataset", "organ", "split"),
-        "help": "by what tiles are coloured on the maps, where they differ in it"})
+    by: list[str] = field(default_factory=lambda: ["label", "slide", "site", "stain", "colour"], metadata={
+        "choices": ("label", "slide", "site", "stain", "dataset", "organ", "split", "colour"),
+        "help": "what tiles are coloured by on the maps, where they differ in it; site: TCGA's; colour: their own"})
+    projector: bool = field(default=True, metadata={"help": "also for TensorBoard's projector, in OUT/projector"})
 
 
 PROTOCOLS: dict[str, type[Eval]] = {"knn": Knn, "linear": Linear, "sgd": Sgd, "low": Low, "finetune": Finetune,

@@ -6,6 +6,7 @@ B tiles   H, W pixels   D width of the vector
 import difflib
 import hashlib
 import json
+import math
 from pathlib import Path
 from typing import Any, cast
 
@@ -71,6 +72,27 @@ class Encoder(nn.Module):
         found = param_groups_layer_decay(self.network, weight_decay=weight_decay, layer_decay=decay)
         return [{"params": list(each["params"]), "weight_decay": each["weight_decay"], "lr": lr * each["lr_scale"]}
                 for each in found]
+
+    def attention(self, pixels_BHW3: Tensor) -> Tensor | None:
+        """Where the class token of a ViT's last block looks (B, heads, h, w), or without one all others on average;
+        None of a network of another kind."""
+        network = cast(Any, self.network)
+        last: Any = getattr(next(iter(reversed(getattr(network, "blocks", None) or [None]))), "attn", None)
+        if not isinstance(getattr(last, "attn_drop", None), nn.Module) or not hasattr(last, "fused_attn"):
+            return None
+        found: list[Tensor] = []
+        fused, last.fused_attn = last.fused_attn, False         # the fused kernel never holds the weights
+        hook = last.attn_drop.register_forward_pre_hook(lambda _, given: found.append(given[0]))
+        try:
+            self(pixels_BHW3)
+        finally:
+            hook.remove()
+            last.fused_attn = fused
+        first = int(network.num_prefix_tokens)
+        whole = getattr(network, "cls_token", None) is not None
+        weights_BHN = found[0][:, :, 0, first:] if whole else found[0][:, :, first:, first:].mean(dim=2)
+        side = math.isqrt(weights_BHN.shape[-1])
+        return weights_BHN.unflatten(-1, (side, side)) if side**2 == weights_BHN.shape[-1] else None
 
     def checkpoint(self) -> None:
         """From now on activations are computed a second time for the backward pass instead of being kept."""
