@@ -16,6 +16,7 @@ from shards import synthetic
 
 PATIENTS, TEST_PATIENTS = 16, 4
 SLIDE = 4096            # pixels of half a micron: two millimetres
+LOOKED_AT = 1000        # tiles, of which the encoder's picture is drawn
 PAUSE = 100             # the step after which training is stopped once, to show that it goes on
 
 
@@ -46,9 +47,12 @@ def demo(folder: Path, seed: int) -> int:
         _stage(console, f"train SimCLR, and stop after step {PAUSE}", [*training, f"stop={PAUSE}"])
     if not _trained(run):
         _stage(console, "resume, and train to the end", training)
-    if not _evaluated(run):
+    if not _newer(run / "eval" / "knn.json", run):
         _stage(console, "is the encoder worth more than a random one?",
                ["eval", "eval/knn", f"encoder={run / 'encoder'}", f"data.shards=[{shards}]", f"seed={seed}"])
+    if not _newer(run / "eval" / "look.json", run):
+        _stage(console, "what does it see?", ["eval", "eval/look", f"encoder={run / 'encoder'}",
+                                              f"data.shards=[{shards}]", f"seed={seed}", f"tiles={LOOKED_AT}"])
     _stage(console, "write the report", ["report", str(run)])
     _summary(console, folder, run, time.monotonic() - started)
     return 0
@@ -91,8 +95,9 @@ def _trained(run: Path) -> bool:
     return account.exists() and json.loads(account.read_text())["state"] == "done"
 
 
-def _evaluated(run: Path) -> bool:
-    result, weights = run / "eval" / "knn.json", run / "encoder" / "model.safetensors"
+def _newer(result: Path, run: Path) -> bool:
+    """Whether an evaluation is of the encoder that is there."""
+    weights = run / "encoder" / "model.safetensors"
     return result.exists() and weights.exists() and result.stat().st_mtime >= weights.stat().st_mtime
 
 

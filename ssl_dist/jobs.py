@@ -283,7 +283,9 @@ def _shards(asked: Asked) -> list[slurm.Work]:
 def _evals(asked: Asked) -> list[slurm.Work]:
     settings = config.load_eval(asked.words[0], asked.overrides)
     name = f"{settings.home.absolute().parent.name}-{settings.protocol}"
-    return [slurm.Work(name, settings.home / "launch", [["eval", *asked.words]], gpus=min(1, asked.job.gpus))]
+    # One process: features are computed by all its GPUs, and what learns, by the first.
+    gpus = min(1, asked.job.gpus) if settings.protocol == "finetune" else asked.job.gpus
+    return [slurm.Work(name, settings.home / "launch", [["eval", *asked.words]], gpus=gpus)]
 
 
 def _scales(asked: Asked) -> list[slurm.Work]:

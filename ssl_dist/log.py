@@ -122,6 +122,12 @@ class Log:
             with self._board_may_be_lost(step):
                 self._board.add_text("warnings", words, step)
 
+    def text(self, name: str, words: str, step: int) -> None:
+        """Words for TensorBoard, as they are laid out."""
+        if self._board is not None:
+            with self._board_may_be_lost(step):
+                self._board.add_text(name, "".join(f"    {line}\n" for line in words.splitlines()), step)
+
     def picture(self, name: str, pixels_HW3: Any, step: int) -> None:
         """A picture for TensorBoard."""
         if self._board is not None:

@@ -181,6 +181,7 @@ def _built(settings: Train, path: Path, run: runs.Run, device: torch.device, rea
                 Ledger(path, reader, owner.check) if settings.debug.ledger else None, watching,
                 finite.Statistics(method), asked,
                 {"identity": identity, "way": way, "left_out": before.get("left_out", [])})
+    own.log.text("config", schema.dump(settings), start)
     if dist.rank() == 0 and start == 0 and settings.log.pictures:
         _draw_views(own.loader, settings.log.pictures, path, own.log)
     return own

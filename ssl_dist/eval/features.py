@@ -4,11 +4,13 @@ S tiles of the split   D width of a vector
 """
 
 import contextlib
+import copy
 import csv
 import hashlib
 import re
+from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -193,17 +195,47 @@ def every(shards: list[Path], split: str = "", valid: str = "") -> Split:
                  valid_S=_valid(reader, rows, split, valid))
 
 
-@torch.inference_mode()
 def extract(encoder: Encoder, split: Split, *, size: int, batch: int, threads: int, device: torch.device,
             progress: Callable[[int, int], None], precision: str = "fp32") -> Tensor:
-    """Features (S, D) of every tile of the split, in its order, on the CPU."""
-    encoder, features, done = encoder.eval().to(device), [], 0
-    for places, pixels in tiles(split, np.arange(len(split.rows)), size=size, batch=batch, threads=threads):
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-            features.append(encoder(pixels.to(device)).float().cpu())
-        done += len(places)
+    """Features (S, D) of every tile of the split, in its order, on the CPU; of GPUs all that there are take turns."""
+    places = spread(device)
+    networks = [(encoder if number == 0 else copy.deepcopy(encoder)).eval().to(place)
+                for number, place in enumerate(places)]
+    # While GPUs look at some tiles the next are decoded; of a CPU both are the same cores' work.
+    ahead = 2 * len(places) if device.type == "cuda" else len(places) - 1
+    features: list[Tensor] = []
+    waiting: deque[Future[Tensor]] = deque()
+    done = 0
+
+    def take() -> None:
+        nonlocal done
+        features.append(waiting.popleft().result())
+        done += len(features[-1])
         progress(done, len(split.rows))
+
+    with contextlib.ExitStack() as stack:
+        workers = [stack.enter_context(ThreadPoolExecutor(1)) for _ in places]
+        for number, (_, pixels) in enumerate(tiles(split, np.arange(len(split.rows)), size=size, batch=batch,
+                                                   threads=threads)):
+            turn = number % len(places)
+            waiting.append(workers[turn].submit(_looked_at, networks[turn], pixels, places[turn], precision))
+            if len(waiting) > ahead:
+                take()
+        while waiting:
+            take()
     return torch.cat(features)
+
+
+def spread(device: torch.device) -> list[torch.device]:
+    """Every GPU that this process may use, or the CPU."""
+    return [torch.device("cuda", number) for number in range(torch.cuda.device_count())] if device.type == "cuda" else \
+        [device]
+
+
+@torch.inference_mode()
+def _looked_at(network: Encoder, pixels: Tensor, place: torch.device, precision: str) -> Tensor:
+    with torch.autocast(place.type, torch.bfloat16, enabled=precision == "bf16"):
+        return network(pixels.to(place)).float().cpu()
 
 
 def tiles(split: Split, places: np.ndarray, *, size: int, batch: int,
