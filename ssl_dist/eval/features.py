@@ -41,14 +41,14 @@ class Split:
     patients: list[str]             # one a tile
     slides: list[str]
     targets_SC: Tensor | None = None        # of a table: labels of which a tile may have several, or one number
+    remarks: list[str] = field(default_factory=list)        # on what is not in it, for whoever reads the result
     valid_S: np.ndarray | None = None       # which of them nothing is learnt from: they are what is chosen by
-    remarks: list[str] = field(default_factory=list)
 
     def part(self, chosen: np.ndarray) -> "Split":
         """Those of its tiles."""
         return Split(self.reader, self.rows[chosen], self.labels_S[torch.from_numpy(chosen)], self.classes,
                      [self.patients[each] for each in chosen], [self.slides[each] for each in chosen],
-                     None if self.targets_SC is None else self.targets_SC[torch.from_numpy(chosen)],
+                     None if self.targets_SC is None else self.targets_SC[torch.from_numpy(chosen)], [*self.remarks],
                      None if self.valid_S is None else self.valid_S[chosen])
 
     @property
@@ -85,9 +85,10 @@ def labelled(shards: list[Path], split: str, valid: str = "") -> Split:
     known = labels != NO_LABEL
     if not known.any():
         raise ShardError(f"no tile of split {split!r} in {', '.join(map(str, shards))} has a label; shard with labels")
-    rows = rows[known]
+    rows, without = rows[known], int((~known).sum())
+    remarks = [f"{without} of {len(known)} tiles of split {split!r} have no label and are left out"] if without else []
     return Split(reader, rows, torch.from_numpy(labels[known]).long(), list(classes[0]), reader.column("patient", rows),
-                 reader.column("slide", rows), valid_S=_valid(reader, rows, split, valid))
+                 reader.column("slide", rows), remarks=remarks, valid_S=_valid(reader, rows, split, valid))
 
 
 def _reader(shards: list[Path], split: str, valid: str) -> Reader:
