@@ -192,6 +192,25 @@ def test_a_table_that_is_not_there_is_no_error_and_nobodys_slides_csv(tmp_path: 
     assert [each.label for each in sources.sources(told(RECORDS["panda"], source))] == ["mine"]
 
 
+def test_a_table_may_lie_beside_the_record_and_one_in_the_dataset_goes_before_it(tmp_path: Path) -> None:
+    record = tmp_path / "records" / "mine.yaml"
+    put(record, "title: Mine\nshard:\n  kind: tiles\n  table: splits.csv\n  columns: {slide: image}\n")
+    put(record.with_name("splits.csv"), "image,split\na,train\nb,test\n")
+    source = tmp_path / "mine"
+    for name in ("a", "b"):
+        put(source / "deep" / f"{name}.png", None)
+
+    def splits() -> list[str]:
+        return [each.split for each in sources.sources(told(catalogue.read(record), source))]
+
+    assert splits() == ["train", "test"]
+    put(source / "deep" / "splits.csv", "image,split\na,valid\n")
+    assert splits() == ["valid", ""]
+    record.with_name("splits.csv").unlink()
+    (source / "deep" / "splits.csv").unlink()
+    assert splits() == ["", ""]
+
+
 # --- mistakes in a record
 
 
