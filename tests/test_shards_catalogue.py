@@ -31,6 +31,7 @@ NAMES = """
 DOWNSTREAM = ("bach", "lymph", "breakhis", "nct-crc-he", "gleason2019", "digestpath-tissue", "breastpathq")
 CUTTING = ("size=64", "min_focus=0", "min_tissue=0.1")
 RECORDS = catalogue.records(REGISTRY)
+SETS = {f"sets/{name}": record for name, record in catalogue.records(CONFIGS / "shards" / "sets").items()}
 
 
 @pytest.fixture(scope="session")
@@ -145,9 +146,9 @@ def test_what_is_taken_by_the_generic_rule_is_what_the_readme_names() -> None:
 # --- each record against files in its layout
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, *SETS])
 def test_files_that_lie_as_a_record_says_are_read_as_it_says(name: str, tmp_path: Path, slide: Path) -> None:
-    record = RECORDS[name]
+    record = {**RECORDS, **SETS}[name]
     source = tree(record, tmp_path, slide)
     found = {each.path.relative_to(source).as_posix(): each for each in sources.sources(told(record, source))}
     expected = {path: known for path, known in record.example.items() if isinstance(known, dict)}
