@@ -235,6 +235,7 @@ class EvalData:
     shards: list[Path] = field(metadata={"exists": True, "some": True, "help": "labelled shard folders"})
     bank: str = field(default="train", metadata={"help": "split whose labels are known"})
     query: str = field(default="test", metadata={"help": "split whose labels are guessed"})
+    valid: str = field(default="", metadata={"help": "split to choose a probe by; empty: a fifth of bank's patients"})
     targets: Path | None = field(default=None, metadata={
         "exists": True, "help": "a CSV table of what to guess instead of labels: a column key, slide or patient, and "
                                 "one for each thing to guess"})
