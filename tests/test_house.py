@@ -193,7 +193,8 @@ def test_every_recipe_parses_and_begins_with_what_it_is(path: Path, tmp_path: Pa
     if catalogue.holds(path) == "many":
         assert schema.load(catalogue.Many, path, [f"root={tmp_path}"])
         return
-    kind = {"shards": write.Settings, "eval": config.Eval, "launch": Cluster}.get(path.parent.name, config.Train)
+    folder = path.relative_to(ROOT / "configs").parts[0]
+    kind = {"shards": write.Settings, "eval": config.Eval, "launch": Cluster}.get(folder, config.Train)
     # Paths of somebody's machine cannot exist here; everything else must hold.
     where = {write.Settings: ["source={}"], config.Eval: ["encoder={}", "data.shards=[{}]"],
              config.Train: ["data.shards=[{}]"], Cluster: []}[kind]
