@@ -68,6 +68,7 @@ class Record:
     facts: dict[str, Fact]
     shard: dict[str, Any]
     example: dict[str, Any]
+    path: Path                  # of the file
 
     @property
     def kind(self) -> str:
@@ -160,7 +161,7 @@ def read(path: Path) -> Record:
         raise RecordError(problems)
     return Record(path.stem, content["title"], content.get("folder", path.stem),
                   {name: Fact(*fact) for name, fact in (content.get("facts") or {}).items()},
-                  content["shard"], content.get("example") or {})
+                  content["shard"], content.get("example") or {}, path)
 
 
 def _problems(name: str, content: dict[str, Any]) -> Iterator[str]:
@@ -237,7 +238,9 @@ def job(record: Record, source: Path | None) -> dict[str, Any]:
     if source:
         values["source"] = str(source)
     if "table" in values:       # published below the dataset's folder, at a depth that depends on who unpacked it
-        tables = sorted(source.rglob(values.pop("table"))) if source else []
+        name = values.pop("table")
+        beside = record.path.with_name(name)        # or ours: a split that stands in no file of the dataset
+        tables = [*(sorted(source.rglob(name)) if source else []), *([beside] if beside.is_file() else [])]
         if tables:
             values["table"] = str(tables[0])
         else:

@@ -31,6 +31,7 @@ NAMES = """
 DOWNSTREAM = ("bach", "lymph", "breakhis", "nct-crc-he", "gleason2019", "digestpath-tissue", "breastpathq")
 CUTTING = ("size=64", "min_focus=0", "min_tissue=0.1")
 RECORDS = catalogue.records(REGISTRY)
+SETS = {f"sets/{name}": record for name, record in catalogue.records(CONFIGS / "shards" / "sets").items()}
 
 
 @pytest.fixture(scope="session")
@@ -145,9 +146,9 @@ def test_what_is_taken_by_the_generic_rule_is_what_the_readme_names() -> None:
 # --- each record against files in its layout
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, *SETS])
 def test_files_that_lie_as_a_record_says_are_read_as_it_says(name: str, tmp_path: Path, slide: Path) -> None:
-    record = RECORDS[name]
+    record = {**RECORDS, **SETS}[name]
     source = tree(record, tmp_path, slide)
     found = {each.path.relative_to(source).as_posix(): each for each in sources.sources(told(record, source))}
     expected = {path: known for path, known in record.example.items() if isinstance(known, dict)}
@@ -190,6 +191,25 @@ def test_a_table_that_is_not_there_is_no_error_and_nobodys_slides_csv(tmp_path: 
     (source / "train.csv").unlink()
     (source / "slides.csv").write_text("slide,label\n0005f7aaab2800f6170c399693a96917,mine\n")
     assert [each.label for each in sources.sources(told(RECORDS["panda"], source))] == ["mine"]
+
+
+def test_a_table_may_lie_beside_the_record_and_one_in_the_dataset_goes_before_it(tmp_path: Path) -> None:
+    record = tmp_path / "records" / "mine.yaml"
+    put(record, "title: Mine\nshard:\n  kind: tiles\n  table: splits.csv\n  columns: {slide: image}\n")
+    put(record.with_name("splits.csv"), "image,split\na,train\nb,test\n")
+    source = tmp_path / "mine"
+    for name in ("a", "b"):
+        put(source / "deep" / f"{name}.png", None)
+
+    def splits() -> list[str]:
+        return [each.split for each in sources.sources(told(catalogue.read(record), source))]
+
+    assert splits() == ["train", "test"]
+    put(source / "deep" / "splits.csv", "image,split\na,valid\n")
+    assert splits() == ["valid", ""]
+    record.with_name("splits.csv").unlink()
+    (source / "deep" / "splits.csv").unlink()
+    assert splits() == ["", ""]
 
 
 # --- mistakes in a record
