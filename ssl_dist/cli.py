@@ -628,11 +628,11 @@ def export(run: Annotated[Path, typer.Argument(help="A run folder.")],
 
     with lock.hold(run) as owner:
         owner.alone()
-        say(str(home := trainer.from_checkpoint(config.load_train(str(path), [f"run={run}"]), run, owner)))
         from ssl_dist import export as exports
 
-        for kind in (*(["onnx"] if onnx else []), *(["torchscript"] if torchscript else [])):
-            say(str(exports.portable(home, kind)))
+        forms = [*(["onnx"] if onnx else []), *(["torchscript"] if torchscript else [])]
+        home = trainer.from_checkpoint(config.load_train(str(path), [f"run={run}"]), run, owner, forms)
+        say(str(home), *(str(home / exports.FORMS[kind]) for kind in forms))
 
 
 @app.command()

@@ -12,42 +12,19 @@ import numpy as np
 import torch
 
 from shards import folder
+from ssl_dist import card
 from ssl_dist import config as configs
 from ssl_dist.data.reader import Reader
 from ssl_dist.models import encoder as encoders
 from ssl_dist.models.encoder import Encoder, salted
 
 FORMS = {"onnx": "model.onnx", "torchscript": "model.torchscript.pt"}
-CARD = """---
-library_name: timm
-pipeline_tag: image-feature-extraction
-license: other
-tags: [histology, pathology, self-supervised, {method}]
----
-# {architecture}, {method} on {samples:,} histology tiles
-
-Research only; not for diagnosis. Pretrained by `ssl_dist` {version} without labels.
-
-    import timm
-    encoder = timm.create_model("local-dir:PATH_OF_THIS_FOLDER", pretrained=True, num_classes=0)
-
-| | |
-|---|---|
-| input | RGB in 0..1, mean {mean}, std {std}, {size} px in training |
-| pretrained on | {samples:,} of {slides:,} slides of {patients:,} patients, {mpp} µm/px |
-| seen | {seen:,} tiles in {steps:,} steps of {batch} |
-| optimizer | {optimizer}, learning rate {lr} |
-
-Data: {datasets}
-
-`pretraining.json` holds salted digests of the slides, patients and tiles seen, so that an evaluation can tell whether
-it tests on what was trained on, without naming anyone. The licence of the data binds the weights: see the table above.
-"""
 
 
 def export(encoder: Encoder, train: configs.Train, reader: Reader, step: int, out: Path,
-           check: Callable[[], None] = lambda: None) -> Path:
-    """Writes the folder whole under its name; `check` refuses where it may no longer be written."""
+           check: Callable[[], None] = lambda: None, forms: Iterable[str] = ()) -> Path:
+    """Writes the folder whole under its name, below its run's, and then other `forms` into it; `check` refuses where it
+    may no longer be written."""
     from ssl_dist import __version__
 
     draft = folder.make(out.with_name(f".{out.name}.tmp"))
@@ -55,22 +32,18 @@ def export(encoder: Encoder, train: configs.Train, reader: Reader, step: int, ou
     size = max((view["size"] for view in train.method.get("views", [])), default=None)     # of the large crops
     encoder.save(draft, size, {"version": __version__, "method": train.method["name"], "mpp": facts["mpp"],
                                            "step": step})
-    cards = [card for found in reader.indexes for card in found.datasets]
-    folder.write(draft / "README.md", CARD.format(
-        architecture=encoder.name, method=train.method["name"], version=__version__, mean=list(encoder.mean),
-        std=list(encoder.std), size=size or "?", mpp=", ".join(map(str, facts["mpp"])) or "unknown",
-        samples=facts["counts"]["tiles"], slides=facts["counts"]["slides"], patients=facts["counts"]["patients"],
-        seen=step * train.data.batch, steps=step, batch=train.data.batch, optimizer=train.optim.name,
-        lr=train.optim.lr, datasets="; ".join(f"{card['name']} ({card.get('organ')}, {card.get('stain')}, licence "
-                                              f"{card.get('licence')})" for card in cards)))
     folder.write(draft / "pretraining.json", json.dumps({**facts, "method": train.method["name"], "step": step,
                                                          "seen": step * train.data.batch}) + "\n")
     for other in FORMS.values():        # of the same weights, what was written besides is still true
         if (out / other).is_file() and encoders.digest(out) == encoders.digest(draft):
             shutil.copy2(out / other, draft / other)
+    card.write(draft, out.parent, FORMS, encoder, train, reader, step)
     check()
     shutil.rmtree(out, ignore_errors=True)
     folder.publish(draft, out)
+    for kind in forms:
+        portable(out, kind)
+        card.write(out, out.parent, FORMS, encoder, train, reader, step)        # it tells of what lies there
     return out
 
 

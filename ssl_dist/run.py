@@ -10,6 +10,7 @@ import platform
 import re
 import signal
 import socket
+import subprocess
 import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
@@ -229,7 +230,20 @@ def environment() -> dict[str, Any]:
             "cpu": cpu.group(1) if cpu else platform.processor(), "cpus": len(os.sched_getaffinity(0)),
             "gpus": [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())],
             "slurm": {name: value for name, value in os.environ.items() if name.startswith("SLURM_JOB")},
-            "packages": versions}
+            "commit": _commit(), "packages": versions}
+
+
+def _commit() -> str | None:
+    """Of which commit this code is, where it is a checkout; with -dirty, where files differ from it."""
+    home = Path(__file__).parent.parent
+    if not (home / ".git").exists():        # an installed package may lie inside a repository of somebody else's
+        return None
+    try:
+        return subprocess.run(["git", "-C", str(home), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+                              capture_output=True, text=True, timeout=10, check=True,
+                              env={**os.environ, "GIT_OPTIONAL_LOCKS": "0"}).stdout.strip() or None
+    except (OSError, subprocess.SubprocessError):
+        return None
 
 
 def log_to(path: Path) -> None:

@@ -399,15 +399,15 @@ def replay(home: Path) -> dict[str, Any]:
         dist.stop()
 
 
-def from_checkpoint(settings: Train, path: Path, owner: lock.Owner) -> Path:
-    """Exports the encoder of the newest sound checkpoint of a run folder."""
+def from_checkpoint(settings: Train, path: Path, owner: lock.Owner, forms: Sequence[str] = ()) -> Path:
+    """Exports the encoder of the newest sound checkpoint of a run folder, and its other `forms`."""
     newest = checkpoint.newest(path / "checkpoints")
     if newest is None:
         raise ConfigError([f"{path} has no complete checkpoint to export; train it first"])
     method = build(settings)
     method.load_state_dict(checkpoint.weights(newest))
     return export.export(_encoder(method), settings, _reader(settings),
-                         checkpoint.state(newest)["step"], path / "encoder", owner.check)
+                         checkpoint.state(newest)["step"], path / "encoder", owner.check, forms)
 
 
 def _reader(settings: Train) -> Reader:

@@ -140,7 +140,8 @@ def compare(settings: Judged, judged: Callable[[Source, Split, Split], Verdict],
             "protocol": settings.protocol, "size": sources[0].size, **own.facts,
             "encoder": {"path": settings.encoder, "architecture": sources[0].architecture,
                         "sha256": sources[0].digest},
-            "shards": [{"path": str(path), "fingerprint": found.fingerprint}
+            "shards": [{"path": str(path), "fingerprint": found.fingerprint,
+                        "datasets": [card["name"] for card in found.datasets]}
                        for path, found in zip(settings.data.shards, bank.reader.indexes, strict=True)],
             "metrics": _figures(measures["encoder"]),
             "intervals": intervals.intervals(measures["encoder"], drawn),
