@@ -1,310 +1,27 @@
-"""The model card of an exported encoder: facts first, as plain data, and then the sentences and tables that tell them.
-
-Facts are counted over the rows that the run read, and read in the run folder's own files, each of which may be absent,
-torn or odd. Slides and patients are counted, and their names never written.
-"""
+"""The model card of an exported encoder: the sentences and tables that tell of it, for the hub and for a reader."""
 
 import dataclasses
-import json
 import logging
-import math
 import re
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import yaml
 
 from shards import folder
-from ssl_dist import __version__, schema
+from ssl_dist import __version__, provenance, schema
 from ssl_dist import config as configs
 from ssl_dist.data.reader import Reader
 from ssl_dist.models import encoder as encoders
 from ssl_dist.models.encoder import Encoder
+from ssl_dist.provenance import FIGURES, Dataset, Effort, Evaluation, Facts, Score, a_dict, a_list, under, word
 
 logger = logging.getLogger(__name__)
 
-LONGEST = 120           # letters of anybody's word: a card is to be read
 NAMELESS = "slide", "patient"       # columns whose words are counted and not written
-
-PROTOCOLS = {"knn": "kNN", "linear": "linear probe", "sgd": "linear layer, SGD", "finetune": "fine-tuned",
-             "low": "linear probe"}
-# Of each kind of result what compares best; accuracy alone would flatter whoever guesses the commonest class.
-FIGURES = {"balanced_accuracy": "balanced accuracy", "auroc": "AUROC", "quadratic_kappa": "quadratic kappa",
-           "average_precision": "average precision", "r2": "R²", "spearman": "Spearman"}
-HELD = {"patient": "patients held out", "slide": "slides held out", "site": "sites held out"}
 BASELINES = {"random": "untrained", "colours": "colour histograms"}
-
-
-# ---- facts
-
-@dataclass
-class Dataset:
-    """What the run read of one dataset."""
-
-    name: str
-    tiles: int
-    slides: int
-    patients: int
-    strangers: bool                 # there are tiles of which nobody knows the patient
-    organs: list[str]
-    stains: list[str]
-    mpp: list[float]
-    licences: list[str]
-
-
-@dataclass
-class Score:
-    """One figure of the encoder, or of a baseline."""
-
-    value: float
-    interval: tuple[float, float] | None = None         # 95 %; of a baseline, that of the difference
-    difference: float | None = None                     # of a baseline: the encoder's less its own
-    deviation: float | None = None
-    seeds: tuple[int, float, float] | None = None       # how many, their mean and deviation
-
-
-@dataclass
-class Evaluation:
-    """One result of this very encoder."""
-
-    protocol: str
-    datasets: list[str]
-    counts: tuple[int, int, int]                        # tiles of the bank and of the query; patients of the query
-    splits: tuple[str, str]
-    seen: dict[str, int] | None                         # of the query, in pretraining, by kind; None: nobody knows
-    table: bool                                         # what was to be guessed is of a table of its owner's
-    scores: list[tuple[str, str, Score, dict[str, Score]]]      # figure, of which labels, the encoder's, the baselines'
-
-    @property
-    def listed(self) -> bool:
-        """Whether it may stand in a list of results: all labels known, of classes, and nothing seen in pretraining."""
-        return self.seen == {} and not any(labels or figure == "r2" for figure, labels, *_ in self.scores)
-
-
-@dataclass
-class Effort:
-    """What it took, as run.json has it."""
-
-    attempts: int
-    hours: float
-    more: bool                      # an attempt was killed, and nobody knows when
-    ranks: list[int]
-    machines: list[int]
-    devices: list[str]
-
-
-@dataclass
-class Facts:
-    """All that the card tells."""
-
-    architecture: str
-    width: int
-    parameters: int
-    size: int
-    mean: list[float]
-    std: list[float]
-    sha256: str
-    forms: dict[str, str]           # onnx, torchscript: the file beside
-    train: configs.Train
-    method: Any                     # its settings
-    step: int
-    datasets: list[Dataset]
-    there: int                      # tiles in the shards, read or not
-    namesakes: int                  # patients that another dataset has one of the same name of
-    effort: Effort
-    environment: dict[str, Any]
-    evaluations: list[Evaluation]
-
-
-def gathered(home: Path, run: Path, forms: dict[str, str], encoder: Encoder, train: configs.Train, reader: Reader,
-             step: int) -> Facts:
-    """The facts of the encoder in `home`, of a run folder; `forms`: by kind, the files that may lie beside it."""
-    sha256 = encoders.digest(home)
-    known = {found.fingerprint: [card["name"] for card in found.datasets] for found in reader.indexes}
-    counted = datasets(reader)
-    return Facts(
-        encoder.name, encoder.width, sum(each.numel() for each in encoder.network.parameters()),
-        encoders.trained_size(home), list(encoder.mean), list(encoder.std), sha256,
-        {kind: name for kind, name in forms.items() if (home / name).is_file()}, train, configs.method_config(train),
-        step, counted, sum(found.samples for found in reader.indexes),
-        sum(each.patients for each in counted) - len(reader.distinct("patient") - {""}),
-        effort(_json(run / "run.json")), _dict(_json(run / "env.json")), evaluations(run / "eval", sha256, known))
-
-
-def datasets(reader: Reader) -> list[Dataset]:
-    """What was read of every dataset, the largest first. Slides of two datasets are two, whatever they are called."""
-    rows = reader.all_rows()
-    place = {name: number for number, name in enumerate(reader.datasets)}
-    own = np.array([place[name] for name, _ in reader.words("dataset")])[reader.codes("dataset", rows)]
-    mpp = np.round(np.array(reader.column("mpp", rows), np.float64), 4)
-    words = {column: _words(reader, column, rows) for column in ("slide", "patient", "organ", "stain")}
-    found = []
-    for name, tiles in zip(reader.datasets, reader.sizes.tolist(), strict=True):
-        cards = [card for each in reader.indexes for card in each.datasets if card["name"] == name]
-        patients = words["patient"][name]
-        found.append(Dataset(
-            _word(name), tiles, len(words["slide"][name]), len(patients - {""}), "" in patients,
-            _sorted(words["organ"][name]), _sorted(words["stain"][name]),
-            [float(each) for each in np.unique(mpp[own == place[name]]) if np.isfinite(each)],
-            _sorted(card.get("licence") or "" for card in cards)))
-    return sorted((each for each in found if each.tiles), key=lambda each: -each.tiles)
-
-
-def _words(reader: Reader, column: str, rows: np.ndarray) -> dict[str, set[str]]:
-    """The words of a column that rows of each dataset use."""
-    known, found = reader.words(column), {name: set[str]() for name in reader.datasets}
-    for code in np.unique(reader.codes(column, rows)).tolist():
-        dataset, word = known[code]
-        found[dataset].add(word)
-    return found
-
-
-def _sorted(words: Iterable[Any]) -> list[str]:
-    return sorted({_word(word) or "unknown" for word in words})
-
-
-def effort(account: Any) -> Effort:
-    """What run.json tells of all attempts; the one that goes on ends, so far, with its last sign of life."""
-    attempts = [each for each in _list(_of(account, "attempts")) if isinstance(each, dict)]
-    seconds, more = 0.0, False
-    for each in attempts:
-        begun = _moment(each.get("started"))
-        ended = _moment(each.get("ended")) or (_moment(_of(account, "heartbeat")) if each is attempts[-1] else None)
-        if begun is None or ended is None:
-            more = True
-        else:
-            seconds += max(0.0, (ended - begun).total_seconds())
-    numbers = {name: sorted({int(value) for each in attempts if (value := _number(each.get(name)))})
-               for name in ("world", "machines")}
-    return Effort(len(attempts), seconds / 3600, more, numbers["world"], numbers["machines"],
-                  sorted({_word(each["device"]) for each in attempts if each.get("device")}))
-
-
-def evaluations(home: Path, sha256: str, known: dict[str, list[str]]) -> list[Evaluation]:
-    """The results in a folder that are of these weights; `known`: names of datasets by the fingerprint of shards."""
-    found = []
-    for path in sorted(home.glob("*.json"), key=lambda each: each.stem):
-        told = _json(path)
-        if _of(told, "encoder", "sha256") == sha256 and (scores := _scores(told)):
-            shards = [each for each in _list(_of(told, "shards")) if isinstance(each, dict)]
-            seen = {_word(kind): _number(count) for kind, count in _dict(_of(told, "seen_in_pretraining")).items()}
-            query = _word(_of(told, "asked", "query") or "all")
-            counts = [int(_number(_of(told, "counts", name)) or 0) for name in ("bank", "queries", "query_patients")]
-            found.append(Evaluation(
-                _protocol(told), [name for each in shards for name in _names(each, known)],
-                (counts[0], counts[1], counts[2]),
-                (_word(_of(told, "asked", "bank") or "all"), HELD.get(query, query)),
-                {kind: int(count) for kind, count in seen.items() if count} if seen and None not in seen.values()
-                else None,
-                bool(_of(told, "asked", "targets")), scores))
-    return found
-
-
-def _names(shards: dict[str, Any], known: dict[str, list[str]]) -> list[str]:
-    """What a result's shards are called: as it says, as the run's own are, or else by their digest alone: a path may
-    hold any name."""
-    digest = str(shards.get("fingerprint") or "unknown")
-    return [_word(name) for name in _list(shards.get("datasets")) or known.get(digest, [f"shards {digest[:12]}"])]
-
-
-def _protocol(told: Any) -> str:
-    name = _word(_of(told, "protocol") or "unknown")
-    k = _number(_of(told, "k"))
-    return PROTOCOLS.get(name, name) + (f", k = {k:g}" if name == "knn" and k else "")
-
-
-def _scores(told: Any) -> list[tuple[str, str, Score, dict[str, Score]]]:
-    """The main figures of a result; where few labels were tried, those of every number of labels."""
-    names, found = list(_dict(_of(told, "baselines"))), []
-    if _of(told, "protocol") == "low":
-        curves = {name: {_labels(row): score for row in _list(_of(told, "curves", name)) if (score := _spread(row))}
-                  for name in ("encoder", *names)}
-        return [("balanced_accuracy", labels, own, {name: curves[name][labels] for name in names
-                                                    if labels in curves[name]})
-                for labels, own in curves["encoder"].items()]
-    for figure in FIGURES:
-        if (value := _number(_of(told, "metrics", figure))) is None:
-            continue
-        others = {name: Score(its, _pair(_of(told, "against", name, figure, "interval")),
-                              _number(_of(told, "against", name, figure, "difference")),
-                              seeds=_seeds(told, name, figure))
-                  for name in names if (its := _number(_of(told, "baselines", name, figure))) is not None}
-        found.append((figure, "", Score(value, _pair(_of(told, "intervals", figure)),
-                                        seeds=_seeds(told, "encoder", figure)), others))
-    return found
-
-
-def _labels(row: Any) -> str:
-    share, each = _number(_of(row, "share")), _number(_of(row, "per_class"))
-    return f"{100 * share:g} % of the labels" if share is not None else f"{each or 0:g} labels a class"
-
-
-def _spread(row: Any) -> Score | None:
-    mean, deviation = (_number(_of(row, "balanced_accuracy", name)) for name in ("mean", "deviation"))
-    return None if mean is None else Score(mean, deviation=deviation if (_number(_of(row, "draws")) or 0) > 1 else None)
-
-
-def _seeds(told: Any, who: str, figure: str) -> tuple[int, float, float] | None:
-    summed = _of(told, "seeds", who, figure)
-    mean, deviation = (_number(_of(summed, name)) for name in ("mean", "deviation"))
-    return None if mean is None or deviation is None else (len(_list(_of(summed, "values"))), mean, deviation)
-
-
-# ---- what files may hold instead of what they should
-
-def _json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return None
-
-
-def _of(told: Any, *keys: str) -> Any:
-    """What lies under keys, where there is such a thing."""
-    for key in keys:
-        told = told.get(key) if isinstance(told, dict) else None
-    return told
-
-
-def _list(told: Any) -> list[Any]:
-    return told if isinstance(told, list) else []
-
-
-def _dict(told: Any) -> dict[str, Any]:
-    return told if isinstance(told, dict) else {}
-
-
-def _number(told: Any) -> float | None:
-    try:
-        found = float(told) if isinstance(told, int | float) and not isinstance(told, bool) else math.nan
-    except OverflowError:
-        return None
-    return found if math.isfinite(found) else None
-
-
-def _pair(told: Any) -> tuple[float, float] | None:
-    low, high = (_number(each) for each in told) if isinstance(told, list) and len(told) == 2 else (None, None)
-    return None if low is None or high is None else (low, high)
-
-
-def _moment(told: Any) -> datetime | None:
-    try:
-        return datetime.fromisoformat(str(told)).astimezone()
-    except (ValueError, OverflowError, OSError):
-        return None
-
-
-def _word(told: Any) -> str:
-    """Anybody's text as one line of what can be printed."""
-    return " ".join("".join(each if each.isprintable() else " " for each in str(told)).split())[:LONGEST]
-
-
-# ---- sentences
 
 FRONT = "---\n{}---\n"
 CARD = """# {architecture}, {method} on {tiles:,} histology tiles
@@ -401,7 +118,7 @@ def write(home: Path, run: Path, forms: dict[str, str], encoder: Encoder, train:
           step: int) -> None:
     """Writes README.md into an encoder's folder. What a card could not tell is no reason to lose an encoder."""
     try:
-        text = told(gathered(home, run, forms, encoder, train, reader, step))
+        text = told(provenance.gathered(home, run, forms, encoder, train, reader, step))
     except Exception as error:      # weeks of training end here, and a method of somebody's own may have odd settings
         logger.warning("%s/README.md says next to nothing: %s", home, error, exc_info=error)
         text = PLAIN.format(type(error).__name__)
@@ -455,9 +172,9 @@ def _data(found: list[Dataset]) -> str:
 def _choice(facts: Facts) -> str:
     """Which of the tiles in the shards were read."""
     data, used = facts.train.data, sum(one.tiles for one in facts.datasets)
-    asked = [f"split {_cell(_word(data.split))}"] if data.split else []
+    asked = [f"split {_cell(word(data.split))}"] if data.split else []
     asked += [f"{column}s: {len(words)} that were named" if column in NAMELESS else
-              f"{column}: {', '.join(_cell(_word(word)) for word in words)}" for column, words in data.only.items()]
+              f"{column}: {', '.join(_cell(word(word)) for word in words)}" for column, words in data.only.items()]
     asked += ["without those of a block list"] if data.block else []
     return (f"{'All' if used == facts.there else f'{used:,} of'} the {facts.there:,} tiles in the shards were read"
             + (f" ({'; '.join(asked)})" if asked else "") + "."
@@ -467,9 +184,9 @@ def _choice(facts: Facts) -> str:
 
 def _training(facts: Facts) -> str:
     train, seen, read = facts.train, facts.step * facts.train.data.batch, sum(one.tiles for one in facts.datasets)
-    packages = _dict(facts.environment.get("packages"))
-    software = [f"{name} {_word(packages[name])}" for name in ("torch", "timm", "deepspeed") if name in packages]
-    commit = f", commit {_word(facts.environment['commit'])}" if facts.environment.get("commit") else ""
+    packages = a_dict(facts.environment.get("packages"))
+    software = [f"{name} {word(packages[name])}" for name in ("torch", "timm", "deepspeed") if name in packages]
+    commit = f", commit {word(facts.environment['commit'])}" if facts.environment.get("commit") else ""
     scale = configs.lr_scale(train)
     written = f" ({train.optim.lr:g} for {configs.LR_TILES} tiles a step, {train.optim.scale})" if scale != 1 else ""
     return _table(["", ""], [
@@ -488,9 +205,9 @@ def _hardware(effort: Effort, environment: dict[str, Any]) -> str:
     """Of all attempts how many ranks and machines, and of the last one what rank 0 ran on; no machine's name."""
     ranks, machines = (f"{' or '.join(map(str, counts)) or 'an unknown number of'} {what}{'s' * (counts != [1])}"
                        for counts, what in ((effort.ranks, "rank"), (effort.machines, "machine")))
-    kind = [f"{count} x {name}" for name, count in Counter(map(_word, _list(environment.get("gpus")))).items()] \
+    kind = [f"{count} x {name}" for name, count in Counter(map(word, a_list(environment.get("gpus")))).items()] \
         if "cuda" in effort.devices else []
-    kind += [f"{_word(environment['cpu'])}, {_word(environment.get('cpus'))} cores"] if environment.get("cpu") else []
+    kind += [f"{word(environment['cpu'])}, {word(environment.get('cpus'))} cores"] if environment.get("cpu") else []
     return (f"{ranks} on {machines}, {' or '.join(effort.devices) or 'unknown device'}"
             + (f"; rank 0: {', '.join(kind)}" if kind else ""))
 
@@ -587,9 +304,9 @@ def _remark(one: Evaluation, score: Score, labels: str) -> str:
 def _baseline(name: str) -> str:
     """What a baseline is called; of a folder, the run's name and not where it lies."""
     if name in BASELINES or encoders.is_elsewhere(name):
-        return BASELINES.get(name, _word(name))
+        return BASELINES.get(name, word(name))
     path = Path(name)
-    return _word((path.parent if path.name == "encoder" else path).name)
+    return word((path.parent if path.name == "encoder" else path).name)
 
 
 def _table(head: list[str], rows: list[list[str]]) -> str:
@@ -621,4 +338,4 @@ def _id(name: str) -> str:
 
 
 def _version(facts: Facts) -> str:
-    return _word(_of(facts.environment, "packages", "ssl_dist") or __version__)
+    return word(under(facts.environment, "packages", "ssl_dist") or __version__)
