@@ -16,7 +16,7 @@ from ssl_dist import config as configs
 from ssl_dist.data.reader import Reader
 from ssl_dist.models import encoder as encoders
 from ssl_dist.models.encoder import Encoder
-from ssl_dist.provenance import FIGURES, Dataset, Effort, Evaluation, Facts, Score, a_dict, a_list, under, word
+from ssl_dist.provenance import FIGURES, Dataset, Effort, Evaluation, Facts, Score, a_dict, a_list, printable, under
 
 logger = logging.getLogger(__name__)
 
@@ -172,9 +172,9 @@ def _data(found: list[Dataset]) -> str:
 def _choice(facts: Facts) -> str:
     """Which of the tiles in the shards were read."""
     data, used = facts.train.data, sum(one.tiles for one in facts.datasets)
-    asked = [f"split {_cell(word(data.split))}"] if data.split else []
+    asked = [f"split {_cell(printable(data.split))}"] if data.split else []
     asked += [f"{column}s: {len(words)} that were named" if column in NAMELESS else
-              f"{column}: {', '.join(_cell(word(word)) for word in words)}" for column, words in data.only.items()]
+              f"{column}: {', '.join(_cell(printable(each)) for each in words)}" for column, words in data.only.items()]
     asked += ["without those of a block list"] if data.block else []
     return (f"{'All' if used == facts.there else f'{used:,} of'} the {facts.there:,} tiles in the shards were read"
             + (f" ({'; '.join(asked)})" if asked else "") + "."
@@ -185,8 +185,8 @@ def _choice(facts: Facts) -> str:
 def _training(facts: Facts) -> str:
     train, seen, read = facts.train, facts.step * facts.train.data.batch, sum(one.tiles for one in facts.datasets)
     packages = a_dict(facts.environment.get("packages"))
-    software = [f"{name} {word(packages[name])}" for name in ("torch", "timm", "deepspeed") if name in packages]
-    commit = f", commit {word(facts.environment['commit'])}" if facts.environment.get("commit") else ""
+    software = [f"{name} {printable(packages[name])}" for name in ("torch", "timm", "deepspeed") if name in packages]
+    commit = f", commit {printable(facts.environment['commit'])}" if facts.environment.get("commit") else ""
     scale = configs.lr_scale(train)
     written = f" ({train.optim.lr:g} for {configs.LR_TILES} tiles a step, {train.optim.scale})" if scale != 1 else ""
     return _table(["", ""], [
@@ -205,9 +205,10 @@ def _hardware(effort: Effort, environment: dict[str, Any]) -> str:
     """Of all attempts how many ranks and machines, and of the last one what rank 0 ran on; no machine's name."""
     ranks, machines = (f"{' or '.join(map(str, counts)) or 'an unknown number of'} {what}{'s' * (counts != [1])}"
                        for counts, what in ((effort.ranks, "rank"), (effort.machines, "machine")))
-    kind = [f"{count} x {name}" for name, count in Counter(map(word, a_list(environment.get("gpus")))).items()] \
+    kind = [f"{count} x {name}" for name, count in Counter(map(printable, a_list(environment.get("gpus")))).items()] \
         if "cuda" in effort.devices else []
-    kind += [f"{word(environment['cpu'])}, {word(environment.get('cpus'))} cores"] if environment.get("cpu") else []
+    if environment.get("cpu"):
+        kind.append(f"{printable(environment['cpu'])}, {printable(environment.get('cpus'))} cores")
     return (f"{ranks} on {machines}, {' or '.join(effort.devices) or 'unknown device'}"
             + (f"; rank 0: {', '.join(kind)}" if kind else ""))
 
@@ -304,9 +305,9 @@ def _remark(one: Evaluation, score: Score, labels: str) -> str:
 def _baseline(name: str) -> str:
     """What a baseline is called; of a folder, the run's name and not where it lies."""
     if name in BASELINES or encoders.is_elsewhere(name):
-        return BASELINES.get(name, word(name))
+        return BASELINES.get(name, printable(name))
     path = Path(name)
-    return word((path.parent if path.name == "encoder" else path).name)
+    return printable((path.parent if path.name == "encoder" else path).name)
 
 
 def _table(head: list[str], rows: list[list[str]]) -> str:
@@ -338,4 +339,4 @@ def _id(name: str) -> str:
 
 
 def _version(facts: Facts) -> str:
-    return word(under(facts.environment, "packages", "ssl_dist") or __version__)
+    return printable(under(facts.environment, "packages", "ssl_dist") or __version__)

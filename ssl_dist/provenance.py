@@ -134,7 +134,7 @@ def datasets(reader: Reader) -> list[Dataset]:
         cards = [card for each in reader.indexes for card in each.datasets if card["name"] == name]
         patients = words["patient"][name]
         found.append(Dataset(
-            word(name), tiles, len(words["slide"][name]), len(patients - {""}), "" in patients,
+            printable(name), tiles, len(words["slide"][name]), len(patients - {""}), "" in patients,
             _sorted(words["organ"][name]), _sorted(words["stain"][name]),
             [float(each) for each in np.unique(mpp[own == place[name]]) if np.isfinite(each)],
             _sorted(card.get("licence") or "" for card in cards)))
@@ -151,7 +151,7 @@ def _words(reader: Reader, column: str, rows: np.ndarray) -> dict[str, set[str]]
 
 
 def _sorted(words: Iterable[Any]) -> list[str]:
-    return sorted({word(word) or "unknown" for word in words})
+    return sorted({printable(each) or "unknown" for each in words})
 
 
 def effort(account: Any) -> Effort:
@@ -168,7 +168,7 @@ def effort(account: Any) -> Effort:
     numbers = {name: sorted({int(value) for each in attempts if (value := _number(each.get(name)))})
                for name in ("world", "machines")}
     return Effort(len(attempts), seconds / 3600, more, numbers["world"], numbers["machines"],
-                  sorted({word(each["device"]) for each in attempts if each.get("device")}))
+                  sorted({printable(each["device"]) for each in attempts if each.get("device")}))
 
 
 def evaluations(home: Path, sha256: str, known: dict[str, list[str]]) -> list[Evaluation]:
@@ -178,13 +178,14 @@ def evaluations(home: Path, sha256: str, known: dict[str, list[str]]) -> list[Ev
         told = _json(path)
         if under(told, "encoder", "sha256") == sha256 and (scores := _scores(told)):
             shards = [each for each in a_list(under(told, "shards")) if isinstance(each, dict)]
-            seen = {word(kind): _number(count) for kind, count in a_dict(under(told, "seen_in_pretraining")).items()}
-            query = word(under(told, "asked", "query") or "all")
+            seen = {printable(kind): _number(count)
+                    for kind, count in a_dict(under(told, "seen_in_pretraining")).items()}
+            query = printable(under(told, "asked", "query") or "all")
             counts = [int(_number(under(told, "counts", name)) or 0) for name in ("bank", "queries", "query_patients")]
             found.append(Evaluation(
                 _protocol(told), [name for each in shards for name in _names(each, known)],
                 (counts[0], counts[1], counts[2]),
-                (word(under(told, "asked", "bank") or "all"), HELD.get(query, query)),
+                (printable(under(told, "asked", "bank") or "all"), HELD.get(query, query)),
                 {kind: int(count) for kind, count in seen.items() if count} if seen and None not in seen.values()
                 else None,
                 bool(under(told, "asked", "targets")), scores))
@@ -195,11 +196,11 @@ def _names(shards: dict[str, Any], known: dict[str, list[str]]) -> list[str]:
     """What a result's shards are called: as it says, as the run's own are, or else by their digest alone: a path may
     hold any name."""
     digest = str(shards.get("fingerprint") or "unknown")
-    return [word(name) for name in a_list(shards.get("datasets")) or known.get(digest, [f"shards {digest[:12]}"])]
+    return [printable(name) for name in a_list(shards.get("datasets")) or known.get(digest, [f"shards {digest[:12]}"])]
 
 
 def _protocol(told: Any) -> str:
-    name = word(under(told, "protocol") or "unknown")
+    name = printable(under(told, "protocol") or "unknown")
     k = _number(under(told, "k"))
     return PROTOCOLS.get(name, name) + (f", k = {k:g}" if name == "knn" and k else "")
 
@@ -289,6 +290,6 @@ def _moment(told: Any) -> datetime | None:
         return None
 
 
-def word(told: Any) -> str:
+def printable(told: Any) -> str:
     """Anybody's text as one line of what can be printed."""
     return " ".join("".join(each if each.isprintable() else " " for each in str(told)).split())[:LONGEST]
