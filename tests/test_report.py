@@ -18,7 +18,7 @@ from PIL import Image
 from ssl_dist.report import chart, collect, page
 
 HOSTILE = "<script>alert('x')</script><img src=x onerror=alert(1)>\"'&{{ 7919 * 7907 }}"
-VOID = {"meta", "br", "img", "hr", "input", "link"}
+VOID = {"meta", "br", "img", "hr", "input", "link", "wbr"}
 
 
 class Page(HTMLParser):
@@ -31,12 +31,14 @@ class Page(HTMLParser):
         self.tables: dict[str, list[list[str]]] = {}
         self.open: list[str] = []
         self.rows: list[list[str]] = []
+        self.glued = False
         self.source = file.read_text(encoding="utf-8")
         self.feed(self.source)
         self.close()
 
     def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
         self.tags.append((tag, dict(attributes)))
+        self.glued = tag == "wbr"
         if tag not in VOID:
             self.open.append(tag)
         if tag == "table":
@@ -51,13 +53,18 @@ class Page(HTMLParser):
 
     def handle_endtag(self, tag: str) -> None:
         assert self.open.pop() == tag, f"</{tag}> closes another element"
+        self.glued = False
         if tag in ("td", "th"):
             self.rows[-1][-1] = " ".join(self.rows[-1][-1].split())
 
     def handle_data(self, data: str) -> None:
         if self.open and self.open[-1] == "style":
             return
-        self.words.append(data)
+        if self.glued:
+            self.words[-1] += data
+        else:
+            self.words.append(data)
+        self.glued = False
         if "td" in self.open or "th" in self.open:
             self.rows[-1][-1] += data
 
@@ -67,7 +74,11 @@ class Page(HTMLParser):
 
     def column(self, table: str, name: str) -> list[str]:
         head, *rows = self.tables[table]
-        return [row[head.index(name)] for row in rows]
+        return [row[head.index(name)] for row in rows if len(row) == len(head)]  # others are headings
+
+    def between(self, first: str, last: str) -> str:
+        """The text from one heading to another."""
+        return self.text.split(first, 1)[1].split(last, 1)[0]
 
     def charts(self) -> list[str]:
         return [str(a["data-metric"]) for tag, a in self.tags if tag == "svg" and "data-metric" in a]
@@ -162,6 +173,12 @@ def run(tmp_path: Path, losses: dict[int, float]) -> Path:
     return full_run(tmp_path / "runs" / "first", shard_folder(tmp_path / "bach"), losses)
 
 
+def evaluate(run: Path, name: str, **changes: Any) -> None:
+    """Changes a result, or writes a new one."""
+    file = run / "eval" / f"{name}.json"
+    write_json(file, {**(json.loads(file.read_text()) if file.exists() else {"protocol": name}), **changes})
+
+
 def read(folder: Path, *more: Path) -> Page:
     return Page(page.write([folder, *more], folder / "report.html"))
 
@@ -170,12 +187,18 @@ def test_scores_stand_with_their_intervals_their_chances_and_their_doubts(run: P
     said = read(run)
     assert "91.2 % 88.0 % to 93.4 %" in said.text
     assert "p 0.002" in said.text
-    assert "eval/knn.json: the patients of 12 query tiles are unknown" in said.text
+    assert "knn: the patients of 12 query tiles are unknown" in said.between("What to know first", "Curves")
+    assert "the patients of 12 query tiles are unknown" in said.between("k nearest neighbours · resnet18", "Confusion")
 
 
 def test_of_errors_the_smaller_is_the_better() -> None:
     assert page.Score("knn", "calibration_error", 0.02, {"random": 0.3}, True).better("random")
     assert not page.Score("knn", "accuracy", 0.02, {"random": 0.3}, True).better("random")
+
+
+@pytest.mark.parametrize(("p", "better"), [(0.002, True), (0.05, True), (0.3, False)])
+def test_what_may_be_chance_is_not_called_better(p: float, better: bool) -> None:
+    assert page.Score("knn", "accuracy", 0.4, {"random": 0.3}, True, chances={"random": p}).better("random") is better
 
 
 def test_the_headline_says_what_the_files_say(run: Path, losses: dict[int, float]) -> None:
@@ -334,7 +357,12 @@ def test_a_crashed_run_keeps_its_error_and_all_whole_lines(tmp_path: Path) -> No
 
 
 def test_odd_types_in_every_file_do_not_stop_the_page(tmp_path: Path) -> None:
-    for number, odd in enumerate((None, [], {}, "word", 7, [[1], "x", {}], {"metrics": 3, "counts": [], "classes": 1})):
+    told = ("metrics", "counts", "classes", "captions", "curves", "seeds", "seen_in_pretraining", "warnings", "shards")
+    odds = (3, [], [3], "word", {"encoder": 3}, {"encoder": [{"share": 0.1, "balanced_accuracy": {"mean": "x"}}]},
+            {"encoder": [{"epoch": 1}, {"epoch": None}]}, {"tiles": "x", "slides": -3}, [{"path": "\0"}, {"path": 3}],
+            {"encoder": {"accuracy": {"mean": math.inf, "deviation": 1, "values": 3}}})  # fmt: skip
+    files = (None, [], {}, "word", 7, [[1], "x", {}], *(dict.fromkeys(told, odd) for odd in odds))
+    for number, odd in enumerate(files):
         folder = tmp_path / f"odd{number}"
         for name in ("run.json", "env.json", "eval/knn.json", "encoder/config.json", "encoder/pretraining.json"):
             write_json(folder / name, odd)
@@ -385,8 +413,8 @@ def test_several_runs_are_compared_and_overlaid(tmp_path: Path, losses: dict[int
     said = read(first, second, third)
     assert said.column("comparison", "run") == ["a/run", "b/run", "young"], "names are long enough to tell them apart"
     assert said.column("comparison", "knn accuracy") == ["91.2 % +36.2", "80.0 % +25.0", "—"]
-    assert said.column("comparison", "last loss") == ["2.5", "3.5", "—"]
-    assert said.column("comparison", "state") == ["done", "done", "running"]
+    assert said.column("conduct", "last loss") == ["2.5", "3.5", "—"]
+    assert said.column("conduct", "state") == ["done", "done", "running"]
     keys = [row[0] for row in said.tables["differences"][1:]]
     assert keys == ["optim.lr"], "only what differs is listed"
     assert said.tables["differences"][1][1:3] == ["0.3", "0.6"]
@@ -394,6 +422,150 @@ def test_several_runs_are_compared_and_overlaid(tmp_path: Path, losses: dict[int
     assert [line.name for line in overlaid[0].lines] == ["a/run", "b/run"]
     assert overlaid[0].x_label == "images seen"
     assert said.text.count("1,392 tiles in 3 tars") == 1, "a shard folder that two runs share is shown once"
+
+
+SEEN = {"tiles": 1412, "slides": 0, "patients": 1}
+MARK = "seen in pretraining"
+
+
+def test_a_figure_of_what_was_seen_in_pretraining_is_marked_wherever_it_stands(run: Path, tmp_path: Path) -> None:
+    clean = read(run)
+    assert MARK not in clean.text
+    few = [{"share": 0.1, "draws": 5, "balanced_accuracy": {"mean": 0.6, "deviation": 0.02}}]
+    evaluate(run, "knn", seen_in_pretraining=SEEN, curves={"encoder": few})
+    said = read(run)
+    values = said.column("scores", "this encoder")
+    assert len(values) == 3 and all(MARK in value for value in values)
+    assert not any(MARK in value for value in said.column("scores", "random")), "the random network saw nothing"
+    assert f"91.2 % {MARK} 1,412 tiles, 1 patient: too good" in said.between("knn accuracy", "images seen")
+    assert f"Confusion {MARK}" in said.text
+    assert f"Few labels {MARK}" in said.text
+    assert "The encoder was pretrained on 1,412 tiles, 1 patient of those" in said.text
+    other = full_run(tmp_path / "other", tmp_path / "bach", dict.fromkeys(range(1, 21), 1.0))
+    several = read(run, other)
+    assert [MARK in value for value in several.column("comparison", "knn accuracy")] == [True, False]
+    assert "first, knn: seen in pretraining. The encoder was pretrained on 1,412 tiles" in several.text
+    evaluate(run, "knn", seen_in_pretraining=dict.fromkeys(SEEN, 0), curves={})
+    assert MARK not in read(run).text
+
+
+def test_a_figure_of_unseen_tiles_leads_before_a_better_one_of_seen_tiles(run: Path) -> None:
+    evaluate(run, "linear", metrics={"accuracy": 0.7}, baselines={"random": {"accuracy": 0.6}})
+    evaluate(run, "knn", seen_in_pretraining=SEEN)
+    assert "linear accuracy 70.0 % random 60.0 %, +10.0 points" in read(run).text
+
+
+def test_an_encoder_that_does_not_say_what_it_saw_is_mentioned_once(run: Path, tmp_path: Path) -> None:
+    for name in ("knn", "linear"):
+        evaluate(run, name, metrics={"accuracy": 0.7}, seen_in_pretraining=None)
+    said = read(run)
+    assert said.text.count("it does not say what it was trained on") == 1
+    assert "is not known (knn, linear)" in said.text
+    assert MARK not in said.text
+    other = full_run(tmp_path / "other", tmp_path / "bach", dict.fromkeys(range(1, 21), 1.0))
+    assert "is not known of first: it does not say" in read(run, other).between("Side by side", "Each run")
+
+
+def test_what_several_evaluations_warn_of_is_said_once_above_and_with_each(run: Path) -> None:
+    doubt = "the query is of 2 patients"
+    for name in ("knn", "linear"):
+        evaluate(run, name, metrics={"accuracy": 0.7}, warnings=["shown by chance", doubt])
+    evaluate(run, "linear", seen_in_pretraining=SEEN, warnings=["pretrained on it", doubt])
+    said = read(run)
+    above = said.between("What to know first", "Curves")
+    assert above.count(doubt) == 1
+    assert f"linear, knn: {doubt}" in above
+    assert above.index("pretrained on it") < above.index("shown by chance"), "the gravest comes first"
+    assert doubt in said.between("k nearest neighbours · resnet18", "linear probe")
+    assert said.text.count(doubt) == 3
+
+
+def test_an_evaluation_of_pictures_alone_shows_them_with_what_they_say(tmp_path: Path) -> None:
+    folder = bare_run(tmp_path / "looked")
+    write_png(folder / "eval" / "map.png", width=12)
+    write_png(folder / "eval" / "plain.png")
+    evaluate(folder, "look", metrics={}, pictures=["plain.png", "map.png"], captions={"map.png": "Alike lie near."})
+    said = read(folder)
+    assert "scores" not in said.tables
+    assert "look: no figure of merit" in said.text
+    assert "Coloured" not in said.text
+    assert "Alike lie near." in said.text
+    assert "map.png" not in said.text, "the caption stands for the name"
+    assert [a["class"] for tag, a in said.tags if tag == "figure"] == ["picture told broad", "picture"]
+    figures = [a["alt"] for tag, a in said.tags if tag == "img"]
+    assert figures == ["look: map.png", "look: plain.png"], "what has a caption comes first"
+    several = read(folder, bare_run(tmp_path / "young"))
+    assert "comparison" not in several.tables
+    assert "None of the runs has a figure of merit yet" in several.text
+    assert several.column("conduct", "run") == ["looked", "young"]
+
+
+def test_few_labels_are_a_table(run: Path) -> None:
+    def rows(by: float) -> list[dict[str, Any]]:
+        told = [("per_class", 2, 6.4, 5), ("share", 0.005, 9.0, 5), ("share", 1.0, 1800.0, 1)]
+        return [{how: value, "draws": draws, "tiles": {"mean": tiles, "deviation": 1.0},
+                 "balanced_accuracy": {"mean": by + tiles / 1e4, "deviation": 0.0123}}
+                for how, value, tiles, draws in told]  # fmt: skip
+
+    evaluate(run, "low", metrics={"accuracy": 0.9}, curves={"encoder": rows(0.5), "random": rows(0.4)[1:]})
+    said = read(run)
+    assert said.column("labels", "labels known") == ["2 of each class", "0.5 %", "100 %"]
+    assert said.column("labels", "tiles") == ["6", "9", "1,800"]
+    assert said.column("labels", "this encoder") == ["50.1 ± 1.2 %", "50.1 ± 1.2 %", "68.0 %"]
+    assert said.column("labels", "random") == ["—", "40.1 ± 1.2 %", "58.0 %"]
+    assert "over 5 choices" in said.text
+
+
+def test_several_seeds_stand_beneath_the_figure_of_the_first(run: Path) -> None:
+    spread = {"mean": 0.9, "deviation": 0.0149, "values": [0.912, 0.89, 0.898]}
+    evaluate(run, "knn", seeds={"encoder": {"accuracy": spread}, "random": {"accuracy": {**spread, "mean": 0.5}}})
+    said = read(run)
+    assert said.column("scores", "this encoder")[0] == "91.2 % 88.0 % to 93.4 % 90.0 ± 1.5 %"
+    assert said.column("scores", "random") == ["55.0 % 50.0 ± 1.5 %", "92.5 %", "2.5"]
+    assert "standard deviation over 3 seeds" in said.text
+
+
+def test_what_fine_tuning_learnt_with_every_pass_is_drawn(run: Path) -> None:
+    passes = [{"epoch": number, "loss": 1 / number, "balanced_accuracy_held_out": 0.5} for number in (1, 2, 3)]
+    evaluate(run, "finetune", metrics={"accuracy": 0.9}, curves={"encoder": passes, "random": passes[:2]})
+    said = read(run)
+    assert said.charts()[-2:] == ["loss", "balanced_accuracy_held_out"]
+    drawn, _ = page.passes(collect.run(run).evaluations[0])
+    assert [line.name for line in drawn.lines] == ["encoder", "random"]
+    assert [len(re.findall("[ML]", line.path)) for line in drawn.lines] == [3, 2]
+    assert [label for _, label in drawn.x_ticks] == ["1", "2", "3"], "between two passes there is nothing"
+
+
+def test_the_licences_of_all_data_are_in_one_table(run: Path, tmp_path: Path) -> None:
+    labelled = shard_folder(tmp_path / "labelled", licence="CC BY-NC-SA 4.0")
+    gone = tmp_path / "gone"
+    evaluate(run, "knn", shards=[{"path": str(labelled)}, {"path": str(tmp_path / "bach")}, {"path": str(gone)}])
+    (tmp_path / "bach" / "index.json").write_text(
+        json.dumps({**json.loads((tmp_path / "bach" / "index.json").read_text()), "datasets": [{"name": "bach"}]})
+    )
+    rows = read(run).tables["licences"][1:]
+    unseen = "not known: its folder is not to be seen from here"
+    assert [row[:4] for row in rows] == [
+        ["bach", "not stated", "1,350", "pretraining, knn"],
+        ["gone", unseen, "—", "knn"],
+        ["bach", "CC BY-NC-SA 4.0", "1,350", "knn"],
+        ["crc-he", "CC0", "42", "knn"],
+    ]
+    assert [row[4] for row in rows] == [str(tmp_path / name) for name in ("bach", "gone", "labelled", "labelled")]
+    other = full_run(tmp_path / "other", tmp_path / "bach", dict.fromkeys(range(1, 21), 1.0))
+    assert read(run, other).tables["licences"][1][3] == "pretraining; knn (1 of 2 runs)"
+
+
+def test_what_was_counted_is_said_in_words() -> None:
+    counts = {"bank": 6000, "queries": 10, "bank_patients": 1, "query_patients": 0, "shared_patients": 0, "folds": 3}
+    assert page.tally(counts) == ["6,000 tiles to learn from of 1 patient", "10 tiles asked about, patients unknown",
+                                  "folds 3"]  # fmt: skip
+    assert page.tally({"tiles": 5, "width": 384}) == ["tiles 5", "width 384"]
+
+
+@pytest.mark.parametrize("name", ["runs/moco_v2-lr0.03,seed=1", "__a//b", "", "plain"])
+def test_a_long_name_is_cut_without_loss(name: str) -> None:
+    assert "".join(page.parts(name)) == name
 
 
 def test_a_long_curve_keeps_its_extremes() -> None:

@@ -33,6 +33,7 @@ class Chart:
     note: str
     summary: str
     x_label: str
+    bucket: int = 1  # rows that a point is the mean of
     x_ticks: list[tuple[float, str]] = field(default_factory=list)
     y_ticks: list[tuple[float, str]] = field(default_factory=list)
     marks: list[tuple[float, str]] = field(default_factory=list)
@@ -114,13 +115,14 @@ def draw(
         first, last = finite[name][0], finite[name][-1]
         said.append(f"{name}: {label(first[1])} at {label(first[0])}, {label(last[1])} at {label(last[0])}")
     shown = (lambda y: f"{label(100 * y)} %") if percent else label
-    chart.x_ticks = [(x_of(x), label(x)) for x in ticks(left, right, 5) if left <= x <= right]
+    whole = all(x == round(x) for x in positions)  # between two steps, or two passes, there is nothing
+    chart.x_ticks = [
+        (x_of(x), label(x)) for x in ticks(left, right, 5) if left <= x <= right and (x == round(x) or not whole)
+    ]
     chart.y_ticks = [(y_of(y), shown(y)) for y in y_ticks]
     chart.marks = [(x_of(x), name) for x, name in marks if left < x < right]
     chart.summary = f"{title} by {x_label}. " + "; ".join(said)
-    chart.note = "; ".join(
-        ["logarithmic"] * logarithmic + [f"mean and range of every {bucket:,} rows"] * (bucket > 1)
-    )
+    chart.note, chart.bucket = "logarithmic" if logarithmic else "", bucket
     return chart
 
 

@@ -14,6 +14,7 @@ import yaml
 
 STALE_SECONDS = 600  # a heartbeat is written every few seconds; ten minutes without one is a dead process
 NOT_CURVES = {"step", "samples", "epoch", "time"}
+SEEN = ("tiles", "slides", "patients")
 
 
 class PlainLoader(yaml.SafeLoader):
@@ -53,6 +54,25 @@ class Attempt:
 
 
 @dataclass
+class Spread:
+    """A figure that was had several times over."""
+
+    mean: float
+    deviation: float
+    times: int  # 0: the file does not say
+
+
+@dataclass
+class Labels:
+    """How good a probe is that knows so many labels: a row of the table of few labels."""
+
+    known: str
+    tiles: float | None
+    choices: int
+    figures: dict[str, Spread]  # by encoder and baselines
+
+
+@dataclass
 class Evaluation:
     """One eval/<name>.json: numbers in `metrics` and in every baseline, the rest as it was found."""
 
@@ -67,6 +87,14 @@ class Evaluation:
     classes: list[str]
     confusion: list[list[float]]
     pictures: list[Path]
+    captions: dict[str, str]  # by the picture's name
+    labels: list[Labels]
+    passes: dict[str, list[dict[str, float]]]  # what was learnt with every pass over the labels, by who learnt
+    seeds: dict[str, dict[str, Spread]]  # by encoder and baselines, by metric
+    seen: dict[str, int]  # of the query's tiles, slides, patients: how many the encoder was pretrained on, if any
+    silent: bool  # the encoder does not say what it was pretrained on
+    warnings: list[str]
+    shards: list[Path]
 
 
 @dataclass
@@ -77,6 +105,7 @@ class Shards:
     found: bool
     datasets: list[dict[str, Any]] = field(default_factory=list)
     settings: dict[str, Any] = field(default_factory=dict)
+    uses: list[str] = field(default_factory=list)  # pretraining, and the names of evaluations
     samples: dict[str, int] = field(default_factory=dict)  # by dataset
     tars: int = 0
     size: int = 0  # bytes
@@ -141,6 +170,11 @@ class Run:
         return next((text(name) for name in names if name), "")
 
     @property
+    def silent(self) -> bool:
+        """Whether of any evaluation it is not known if its tiles were seen in pretraining."""
+        return any(one.silent for one in self.evaluations)
+
+    @property
     def method(self) -> str:
         method = self.config.get("method")
         return text(method.get("name")) if isinstance(method, dict) else text(method)
@@ -170,6 +204,11 @@ def run(folder: Path, now: datetime | None = None) -> Run:
             )
     encoder = folder / "encoder"
     evaluations = [evaluation(file, notes) for file in sorted((folder / "eval").glob("*.json"))]
+    doubts: dict[str, list[str]] = {}  # what several evaluations say is said once
+    for one in sorted(evaluations, key=lambda one: not one.seen):
+        for words in one.warnings:
+            doubts.setdefault(words, []).append(one.name)
+    notes += [f"{', '.join(names)}: {words}" for words, names in doubts.items()]
     pictures = sorted((folder / "pictures").glob("*.png"), key=lambda file: (file.name != "views.png", file.name))
     quarantined = reasons(folder / "quarantine.jsonl", notes)
     if quarantined:
@@ -200,7 +239,7 @@ def run(folder: Path, now: datetime | None = None) -> Run:
         encoder=json_object(encoder / "config.json", notes) if encoder.is_dir() else {},
         encoder_readme=plain_text(encoder / "README.md"),
         pretraining=json_object(encoder / "pretraining.json", notes) if encoder.is_dir() else {},
-        shards=[shards(one, notes) for one in shard_folders(config)],
+        shards=[shards(one, uses, notes) for one, uses in users(config, evaluations).items()],
         notes=notes,
     )
 
@@ -257,8 +296,6 @@ def evaluation(file: Path, notes: list[str]) -> Evaluation:
         notes.append(
             f"eval/{file.name}: {shared:,} patients are on both sides of the split; its numbers are too good to be true"
         )
-    doubts = found.get("warnings")
-    notes += [f"eval/{file.name}: {text(words)}" for words in (doubts if isinstance(doubts, list) else [])]
     confusion = square(found.get("confusion"))
     if found.get("confusion") and not confusion:
         notes.append(f"eval/{file.name}: the confusion matrix is not a square of counts and is left out")
@@ -274,7 +311,9 @@ def evaluation(file: Path, notes: list[str]) -> Evaluation:
             pictures.append(picture)
         else:
             notes.append(f"eval/{file.name} names a picture that is not there: {picture.name}")
-    baselines = found.get("baselines")
+    baselines, captions, doubts = found.get("baselines"), found.get("captions"), found.get("warnings")
+    overlap = found.get("seen_in_pretraining")
+    curves = curves_of(found.get("curves"))
     return Evaluation(
         name=file.stem,
         protocol=text(found.get("protocol")) or file.stem,
@@ -287,6 +326,16 @@ def evaluation(file: Path, notes: list[str]) -> Evaluation:
         classes=classes,
         confusion=confusion,
         pictures=pictures,
+        captions={Path(text(n)).name: text(c) for n, c in captions.items()} if isinstance(captions, dict) else {},
+        labels=labels_of(curves),
+        passes=passes_of(curves),
+        seeds=seeds_of(found.get("seeds")),
+        seen={name: count for name in SEEN if (count := whole(overlap.get(name)) or 0) > 0}
+        if isinstance(overlap, dict)
+        else {},
+        silent="seen_in_pretraining" in found and overlap is None,
+        warnings=[text(words) for words in doubts] if isinstance(doubts, list) else [],
+        shards=paths([one.get("path") for one in objects(found.get("shards"))]),
     )
 
 
@@ -306,6 +355,53 @@ def chances_of(value: Any) -> dict[str, dict[str, float]]:
         for name, metrics in (value.items() if isinstance(value, dict) else ())
         if isinstance(metrics, dict)
     }
+
+
+def curves_of(value: Any) -> dict[str, list[dict[str, Any]]]:
+    """The rows of every curve, by whose it is."""
+    return {text(who): objects(rows) for who, rows in value.items()} if isinstance(value, dict) else {}
+
+
+def labels_of(curves: dict[str, list[dict[str, Any]]]) -> list[Labels]:
+    """Of curves over how many labels are known, a row a number, the fewest first."""
+    rows: dict[tuple[str, float], Labels] = {}
+    for who, curve in curves.items():
+        for row in curve:
+            figure = spread(row.get("balanced_accuracy"), row.get("draws"))
+            how = next((name for name in ("share", "per_class") if is_number(row.get(name))), None)
+            if figure is None or how is None:
+                continue
+            known = f"{100 * row[how]:.4g} %" if how == "share" else f"{row[how]:.4g} of each class"
+            tiles = spread(row.get("tiles"))
+            new = Labels(known, tiles.mean if tiles else None, figure.times, {})
+            rows.setdefault((how, float(row[how])), new).figures[who] = figure
+    return sorted(rows.values(), key=lambda row: math.inf if row.tiles is None else row.tiles)
+
+
+def passes_of(curves: dict[str, list[dict[str, Any]]]) -> dict[str, list[dict[str, float]]]:
+    """Of curves over passes through the labelled tiles, the numbers of every pass."""
+    found = {who: [numbers_of(row) for row in curve if is_number(row.get("epoch"))] for who, curve in curves.items()}
+    return {who: rows for who, rows in found.items() if rows}
+
+
+def seeds_of(value: Any) -> dict[str, dict[str, Spread]]:
+    """Of encoder and baselines the spread of every metric over several seeds."""
+    return {
+        text(who): {
+            text(metric): one
+            for metric, told in metrics.items()
+            if isinstance(told, dict)
+            and (one := spread(told, len(told["values"]) if isinstance(told.get("values"), list) else 0))
+        }
+        for who, metrics in (value.items() if isinstance(value, dict) else ())
+        if isinstance(metrics, dict)
+    }
+
+
+def spread(value: Any, times: Any = None) -> Spread | None:
+    """A mean and its deviation, if they are two finite numbers."""
+    told = {name: one for name, one in numbers_of(value).items() if math.isfinite(one)}
+    return Spread(told["mean"], told["deviation"], whole(times) or 0) if {"mean", "deviation"} <= set(told) else None
 
 
 def square(value: Any) -> list[list[float]]:
@@ -333,10 +429,10 @@ def attempt(card: dict[str, Any], heartbeat: datetime | None) -> Attempt:
     )
 
 
-def shards(folder: Path, notes: list[str]) -> Shards:
+def shards(folder: Path, uses: list[str], notes: list[str]) -> Shards:
     if not (folder / "index.json").is_file():
         notes.append(f"the shard folder {folder} is not to be seen from here: no tiles, no licences of it")
-        return Shards(folder=folder, found=False)
+        return Shards(folder=folder, found=False, uses=uses)
     index = json_object(folder / "index.json", notes)
     tars = objects(index.get("tars"))
     datasets = objects(index.get("datasets"))
@@ -346,6 +442,7 @@ def shards(folder: Path, notes: list[str]) -> Shards:
     return Shards(
         folder=folder,
         found=True,
+        uses=uses,
         datasets=datasets,
         settings=index["settings"] if isinstance(index.get("settings"), dict) else {},
         samples=dict(samples),
@@ -357,11 +454,27 @@ def shards(folder: Path, notes: list[str]) -> Shards:
     )
 
 
+def users(config: dict[str, Any], evaluations: list[Evaluation]) -> dict[Path, list[str]]:
+    """Every shard folder that pretraining or an evaluation has read, and which of them."""
+    found: dict[Path, tuple[Path, list[str]]] = {}
+    read = [("pretraining", shard_folders(config)), *((one.name, one.shards) for one in evaluations)]
+    for use, folders in read:
+        for folder in folders:
+            uses = found.setdefault(folder.resolve(), (folder, []))[1]
+            uses += [use] if use not in uses else []
+    return dict(found.values())
+
+
 def shard_folders(config: dict[str, Any]) -> list[Path]:
     data = config.get("data")
     listed = data.get("shards") if isinstance(data, dict) else None
     listed = [listed] if isinstance(listed, str) else listed
-    return [Path(one) for one in listed if isinstance(one, str)] if isinstance(listed, list) else []
+    return paths(listed) if isinstance(listed, list) else []
+
+
+def paths(listed: list[Any]) -> list[Path]:
+    """The words that may be a folder's path; no system takes a NUL in one."""
+    return [Path(one) for one in listed if isinstance(one, str) and one and "\0" not in one]
 
 
 def configuration(file: Path, notes: list[str]) -> tuple[str, dict[str, Any]]:

@@ -5,8 +5,9 @@ import io
 import json
 import math
 import os
+import re
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ PICTURE_WIDTH = 1400  # pixels: two for every CSS pixel of the page's column, ne
 PICTURE_BYTES = 400_000  # a PNG above this is embedded as a JPEG
 CURVES = 24
 REASONS = 12
-SHEETS, OVERLAYS, PICTURES = 4, 4, 8  # embedded at most: of a shard folder, of a run or an evaluation
+SHEETS, OVERLAYS, PICTURES, TOLD = 4, 4, 8, 24  # embedded at most: of a shard folder, of a run, with a caption
 COLUMNS = 8  # of a dataset card
 MATRIX = 30  # classes of a confusion matrix that a reader can still see
 FIRST = ("loss", "lr", "images_per_second", "data_wait", "grad_norm")
@@ -30,7 +31,28 @@ TITLES = {
     "data_wait": "time spent waiting for data",
     "grad_norm": "gradient norm",
 }
-FRACTIONS = {"data_wait"}
+METRICS = {"auroc": "AUROC", "macro_f1": "macro F1", "r2": "R²"}
+PROTOCOLS = {
+    "knn": "k nearest neighbours",
+    "linear": "linear probe",
+    "sgd": "a linear layer, trained step by step",
+    "low": "linear probe with few labels; the figures here are of all of them",
+    "finetune": "fine-tuning of the whole encoder",
+    "embed": "vectors for other programs, not judged",
+    "look": "to be looked at, not judged",
+}
+CAPTIONS = {
+    "knn_neighbours.png": "Left, tiles that were asked about, with their class; right of each, the tiles of other "
+    "patients that the encoder finds most like it, framed green where the class is the same and red where not.",
+    "views.png": "A tile a row: first whole, then the views that were cut from it.",
+    "classes.png": "Tiles by class.",
+    "slides.png": "Tiles by slide.",
+    "sites.png": "Tiles by site.",
+    "low_labels.png": "What more labels add: mean and standard deviation over the choices of labels.",
+}
+CARD = {"input": "input_size", "less the mean": "mean", "over the deviation": "std"}  # of timm's, by our words
+LEVEL = 0.05  # of p, below which a difference is called better
+FRACTIONS = {"data_wait", "balanced_accuracy_held_out"}
 FROM_ZERO = {"lr", "images_per_second", "data_wait"}
 
 
@@ -42,6 +64,8 @@ class Figure:
     source: str
     width: int
     problem: str
+    caption: str = ""
+    wide: bool = False  # as wide as the column: an evaluation that writes captions means its pictures to be read
 
 
 @dataclass
@@ -55,10 +79,13 @@ class Score:
     fraction: bool
     interval: tuple[float, float] | None = None
     chances: dict[str, float] = field(default_factory=dict)  # by baseline
+    seeds: dict[str, collect.Spread] = field(default_factory=dict)  # of the encoder, and by baseline
+    seen: dict[str, int] = field(default_factory=dict)  # of what was asked about, in pretraining
 
     def better(self, baseline: str) -> bool:
-        """Whether the encoder is the better one: of errors the smaller is."""
-        return (self.points(baseline) < 0) if "error" in self.metric else (self.points(baseline) > 0)
+        """Whether the encoder is the better one, and not by chance: of errors the smaller is."""
+        by_chance = self.chances.get(baseline, 0.0) > LEVEL
+        return not by_chance and (self.points(baseline) < 0) == ("error" in self.metric) and self.points(baseline) != 0
 
     def points(self, baseline: str) -> float:
         """The difference: percentage points for fractions, the metric's own unit otherwise."""
@@ -90,10 +117,11 @@ def render(runs: list[collect.Run]) -> str:
     )
     environment.filters.update(
         number=number, count=count, percent=percent, signed=signed, moment=moment, duration=duration, size=size,
-        plain=plain, shown=shown, between=between,
+        plain=plain, shown=shown, between=between, spread=spread, short=short, parts=parts, metric=metric,
+        counted=counted, tally=tally, leaks=leaks, leaves=leaves,
     )  # fmt: skip
     folders = {shards.folder.resolve(): shards for run in reversed(runs) for shards in run.shards}
-    users = {f: [r.name for r in runs if f in {s.folder.resolve() for s in r.shards}] for f in folders}
+    used = uses(runs)
     return environment.get_template("page.html.j2").render(
         runs=runs,
         single=runs[0] if len(runs) == 1 else None,
@@ -105,8 +133,13 @@ def render(runs: list[collect.Run]) -> str:
         differing=differing(runs),
         spans={run.name: spans(run) for run in runs},
         pictures={run.name: figures(run.pictures, PICTURES) for run in runs},
-        neighbours={(run.name, e.name): figures(e.pictures, PICTURES) for run in runs for e in run.evaluations},
-        data=[(shards, users[folder]) for folder, shards in sorted(folders.items())],
+        drawn={(run.name, e.name): album(e) for run in runs for e in run.evaluations},
+        passes={(run.name, e.name): passes(e) for run in runs for e in run.evaluations},
+        protocols=PROTOCOLS,
+        facts={run.name: facts(run) for run in runs},
+        bucket=max((one.bucket for run in runs for one in run_curves(run)), default=1),
+        data=[(shards, used[folder]) for folder, shards in sorted(folders.items())],
+        licences=licences(folders, used, len(runs)),
         sheets={shards.folder: figures(shards.sheets, SHEETS) for shards in folders.values()},
         overlays={shards.folder: figures(shards.overlays, OVERLAYS) for shards in folders.values()},
         rejected={shards.folder: ranked(shards.rejected) for shards in folders.values()},
@@ -170,16 +203,38 @@ def scores(run: collect.Run) -> list[Score]:
             others = {name: numbers[metric] for name, numbers in evaluation.baselines.items() if metric in numbers}
             fraction = all(0 <= one <= 1 for one in (value, *others.values()))
             chances = {name: told[metric] for name, told in evaluation.chances.items() if metric in told}
-            interval = evaluation.intervals.get(metric)
-            found.append(Score(evaluation.name, metric, value, others, fraction, interval, chances))
+            seeds = {who: told[metric] for who, told in evaluation.seeds.items() if metric in told}
+            found.append(
+                Score(
+                    evaluation.name,
+                    metric,
+                    value,
+                    others,
+                    fraction,
+                    evaluation.intervals.get(metric),
+                    chances,
+                    seeds,
+                    evaluation.seen,
+                )
+            )
     return found
 
 
 def lead(run: collect.Run) -> Score | None:
-    """The number that says what the encoder is worth: an accuracy beside the random network's, where there is one."""
+    """The number that says what the encoder is worth: an accuracy beside the random network's, where there is one.
+
+    One of tiles that were not seen in pretraining goes before all others, then one for which nothing is fine-tuned.
+    """
+    frozen = {one.name for one in run.evaluations if one.protocol != "finetune"}
     return max(
         scores(run),
-        key=lambda s: (s.metric == "accuracy", "random" in s.baselines, bool(s.baselines)),
+        key=lambda s: (
+            not s.seen,
+            s.metric == "accuracy",
+            "random" in s.baselines,
+            bool(s.baselines),
+            s.evaluation in frozen,
+        ),
         default=None,
     )
 
@@ -191,6 +246,19 @@ def compared(runs: list[collect.Run]) -> list[tuple[str, str]]:
         if score.evaluation not in columns or score.metric == "accuracy":
             columns[score.evaluation] = score.metric
     return list(columns.items())
+
+
+def passes(evaluation: collect.Evaluation) -> list[chart.Chart]:
+    """What was learnt with every pass over the labels: one chart a figure, a line for the encoder and each baseline."""
+    names = dict.fromkeys(name for rows in evaluation.passes.values() for row in rows for name in row)
+    charts = []
+    for name in [one for one in names if one != "epoch"][:CURVES]:
+        curves = {
+            who: [(row["epoch"], row[name]) for row in rows if name in row] for who, rows in evaluation.passes.items()
+        }
+        drawn = draw(curves, name, "pass over the labels", [])
+        charts += [drawn] if drawn else []
+    return charts
 
 
 def differing(runs: list[collect.Run]) -> list[tuple[str, list[str]]]:
@@ -229,6 +297,57 @@ def ranked(rejected: Counter[str]) -> list[tuple[str, int]]:
     return [*rows, (f"{len(rejected) - REASONS:,} other reasons", rest)] if rest else rows
 
 
+def facts(run: collect.Run) -> dict[str, str]:
+    """What a reader wants to know of the encoder; the whole of its card is beneath."""
+    card, about = ((run.encoder.get(name) or {}) for name in ("pretrained_cfg", "ssl_dist"))
+    counts = collect.numbers_of(run.pretraining.get("counts"))
+    sizes = {name: found for name in collect.SEEN if (found := collect.whole(counts.get(name)))}
+    told = {
+        "architecture": run.encoder.get("architecture"),
+        "numbers a tile": run.encoder.get("num_features"),
+        "pretrained on": counted(sizes) + (", patients not known" if sizes and "patients" not in sizes else ""),
+        **({"µm/px": about.get("mpp"), "step": about.get("step")} if isinstance(about, dict) else {}),
+        **({name: card.get(key) for name, key in CARD.items()} if isinstance(card, dict) else {}),
+    }
+    return {name: plain(value) for name, value in told.items() if value not in (None, "", [], {})}
+
+
+def uses(runs: list[collect.Run]) -> dict[Path, dict[str, list[str]]]:
+    """Of every shard folder what it was used for, pretraining first, and by which runs."""
+    found: dict[Path, dict[str, list[str]]] = {}
+    for run in runs:
+        for shards in run.shards:
+            for use in shards.uses:
+                found.setdefault(shards.folder.resolve(), {}).setdefault(use, []).append(run.name)
+    return {f: dict(sorted(told.items(), key=lambda one: one[0] != "pretraining")) for f, told in found.items()}
+
+
+def licences(
+    folders: dict[Path, collect.Shards], used: dict[Path, dict[str, list[str]]], runs: int
+) -> list[list[str]]:
+    """All data under the page in one table: name, licence, tiles, what it was used for, where it lies.
+
+    What was pretrained on comes first: its licences go with the encoder.
+    """
+    rows = []
+    for folder, shards in sorted(folders.items(), key=lambda one: ("pretraining" not in used[one[0]], one[0])):
+        alike: dict[tuple[str, ...], list[str]] = {}  # uses, by the runs whose they are
+        for use, users in used[folder].items():
+            alike.setdefault(tuple(users), []).append(use)
+        said = "; ".join(
+            ", ".join(names) + ("" if len(users) == runs else f" ({len(users)} of {runs} runs)")
+            for users, names in alike.items()
+        )
+        for card in shards.datasets:
+            name = collect.text(card.get("name"))
+            tiles = count(shards.samples.get(name))
+            rows.append([name, plain(card.get("licence")) or "not stated", tiles, said, str(shards.folder)])
+        if not shards.datasets:
+            why = "it names no dataset" if shards.found else "its folder is not to be seen from here"
+            rows.append([shards.folder.name, f"not known: {why}", "—", said, str(shards.folder)])
+    return rows
+
+
 def cards(shards: collect.Shards) -> tuple[list[str], list[list[str]]]:
     """The dataset cards as a table: name, licence and tiles first, then whatever else most cards say."""
     known = Counter(key for card in shards.datasets for key in card if key not in ("name", "licence"))
@@ -244,7 +363,16 @@ def cards(shards: collect.Shards) -> tuple[list[str], list[list[str]]]:
 def figures(files: list[Path], most: int) -> tuple[list[Figure], int]:
     """Up to so many pictures, spread evenly over the files, and how many files there are."""
     chosen = files if len(files) <= most else [files[i * len(files) // most] for i in range(most)]
-    return [figure(file) for file in chosen], len(files)
+    return [replace(figure(file), caption=CAPTIONS.get(file.name, "")) for file in chosen], len(files)
+
+
+def album(evaluation: collect.Evaluation) -> tuple[list[Figure], int]:
+    """The pictures of an evaluation, those with a caption first."""
+    captions = evaluation.captions
+    told = [file for file in evaluation.pictures if captions.get(file.name)]
+    others, rest = figures([file for file in evaluation.pictures if file not in told], PICTURES)
+    shown = [replace(figure(file), caption=captions[file.name], wide=True) for file in told[:TOLD]]
+    return shown + others, len(told) + rest
 
 
 def figure(file: Path) -> Figure:
@@ -297,6 +425,63 @@ def shown(score: Score, baseline: str = "") -> str:
     """A score, or one of its baselines, as it is read: fractions as percentages."""
     value = score.baselines.get(baseline) if baseline else score.value
     return percent(value) if score.fraction else number(value)
+
+
+def spread(told: collect.Spread, fraction: bool) -> str:
+    """Mean ± deviation, in the unit of its score; of one choice alone the mean."""
+    mean, deviation = ((100 * told.mean, 100 * told.deviation) if fraction else (told.mean, told.deviation))
+    shown = f"{mean:.1f}" if fraction else number(mean)
+    spread = (f"{deviation:.1f}" if fraction else number(deviation)) if told.times != 1 else ""
+    return shown + (f" ± {spread}" if spread else "") + (" %" if fraction else "")
+
+
+def parts(word: str) -> list[str]:
+    """A long name in parts between which a line may end."""
+    return re.findall(r"[^_/.,=-]*[_/.,=-]+|[^_/.,=-]+", word)
+
+
+def metric(name: str) -> str:
+    """A metric as it is read."""
+    return METRICS.get(name, name.replace("_", " "))
+
+
+def leaks(evaluations: list[collect.Evaluation]) -> list[tuple[str, list[str]]]:
+    """What was seen in pretraining of what was asked about, and by which evaluations: as much of each in one line."""
+    found: dict[str, list[str]] = {}
+    for one in evaluations:
+        if one.seen and one.metrics:
+            found.setdefault(counted(one.seen), []).append(one.name)
+    return list(found.items())
+
+
+def short(value: float | None) -> str:
+    """A count that has little room: millions from ten of them on."""
+    for size, letter in ((1e9, "G"), (1e6, "M")):
+        if value is not None and math.isfinite(value) and abs(value) >= max(size, 1e7):
+            return f"{value / size:.3g} {letter}"
+    return number(value)
+
+
+def tally(counts: dict[str, Any]) -> list[str]:
+    """What was learnt from and asked about, in words; whatever else was counted as it was found."""
+    left, said = dict(counts), []
+    for name, patients, verb in (
+        ("bank", "bank_patients", "to learn from"),
+        ("queries", "query_patients", "asked about"),
+    ):
+        if collect.whole(left.get(name)):
+            known = collect.whole(left.pop(patients, None))
+            of = "" if known is None else f" of {known:,} patient{'s' * (known > 1)}" if known else ", patients unknown"
+            said.append(f"{count(left.pop(name))} tiles {verb}{of}")
+    nothing = ("shared_patients",) if not left.get("shared_patients") else ()
+    known_by_warning = ("unknown_patients",) if said else ()
+    rest = {name: value for name, value in left.items() if name not in (*nothing, *known_by_warning)}
+    return said + [f"{name.replace('_', ' ')} {count(value)}" for name, value in rest.items()]
+
+
+def counted(seen: dict[str, int]) -> str:
+    """So many tiles, slides, patients, in words."""
+    return ", ".join(f"{count:,} {name if count > 1 else name.removesuffix('s')}" for name, count in seen.items())
 
 
 def between(edges: tuple[float, float], fraction: bool) -> str:
