@@ -39,8 +39,9 @@ def run(settings: Embed, device: torch.device, threads: int, progress: Progress)
             _parquet(vectors_SD, table, source, out / "embeddings.parquet")
         slides = _bags(vectors_SD, table, source, folder.make(out / "h5")) \
             if "h5" in settings.write else len(set(table["slide"]))
-    result = {"protocol": "embed", "size": source.size, "encoder": {
-        "path": settings.encoder, "architecture": source.architecture, "sha256": source.digest},
+    result = {
+        "protocol": "embed", "size": source.size, "encoder": source.told(settings),
+        "shards": split.told(settings.data.shards),
         "counts": {"tiles": len(vectors_SD), "slides": slides, "width": vectors_SD.shape[1]}, "metrics": {},
         "intervals": {}, "baselines": {}, "warnings": [], "forms": settings.write,
         "written": str(out / "embed.json")}

@@ -67,6 +67,12 @@ class Split:
         return {"shards": [found.fingerprint for found in self.reader.indexes],
                 "rows": hashlib.sha256(self.rows.tobytes()).hexdigest()}
 
+    def told(self, shards: list[Path]) -> list[dict[str, Any]]:
+        """Of which shards it is, for a result: a path is of one machine, so what they are and hold as well."""
+        return [{"path": str(path), "fingerprint": found.fingerprint, "datasets": [each["name"] for each in
+                                                                                   found.datasets]}
+                for path, found in zip(shards, self.reader.indexes, strict=True)]
+
     @property
     def groups(self) -> np.ndarray:
         """What must not be torn apart: the patient of each tile, or its slide where the patient is not known."""

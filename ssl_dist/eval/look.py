@@ -64,10 +64,8 @@ def run(settings: Look, device: torch.device, threads: int, progress: Progress) 
         if settings.projector:
             _project(vectors_SD, columns, small_SHW3, out / "projector")
         result = {
-            "protocol": "look", "size": source.size, "encoder": {
-                "path": settings.encoder, "architecture": source.architecture, "sha256": source.digest},
-            "shards": [{"path": str(path), "fingerprint": found.fingerprint} for path, found in zip(
-                settings.data.shards, split.reader.indexes, strict=True)],
+            "protocol": "look", "size": source.size, "encoder": source.told(settings),
+            "shards": split.told(settings.data.shards),
             "counts": {"tiles": len(split.rows), "of": whole, "slides": len(set(split.slides)),
                        "width": vectors_SD.shape[1]},
             "same": found,

@@ -68,6 +68,10 @@ class Source:
         return cache.get({"of": self.digest, "size": self.size, "precision": settings.precision,
                           "torch": torch.__version__, **split.identity}, make)
 
+    def told(self, settings: Eval) -> dict[str, str]:
+        """Which it is, for a result."""
+        return {"path": settings.encoder, "architecture": self.architecture, "sha256": self.digest}
+
     def network(self, seed: int) -> encoders.Encoder:
         """The encoder with its weights."""
         if self.name != "random":
@@ -138,11 +142,7 @@ def compare(settings: Judged, judged: Callable[[Source, Split, Split], Verdict],
         seen = leakage.overlap(settings.encoder, query)
         result = {
             "protocol": settings.protocol, "size": sources[0].size, **own.facts,
-            "encoder": {"path": settings.encoder, "architecture": sources[0].architecture,
-                        "sha256": sources[0].digest},
-            "shards": [{"path": str(path), "fingerprint": found.fingerprint,
-                        "datasets": [card["name"] for card in found.datasets]}
-                       for path, found in zip(settings.data.shards, bank.reader.indexes, strict=True)],
+            "encoder": sources[0].told(settings), "shards": bank.told(settings.data.shards),
             "metrics": _figures(measures["encoder"]),
             "intervals": intervals.intervals(measures["encoder"], drawn),
             "baselines": {what: {**_figures(measures[what]), **verdict.facts} for what, verdict in verdicts.items()},
