@@ -1,4 +1,6 @@
-"""Writes the parts of README.md that are generated: the tree from docstrings, the tables from benchmarks/results."""
+"""Writes the parts of README.md and docs/measured.md that are generated: the tree from docstrings, the tables from
+benchmarks/results.
+"""
 
 import ast
 import json
@@ -380,27 +382,29 @@ def _read(path: Path) -> dict:
     return json.loads(path.read_text())
 
 
-PARTS = {"tree": tree, "demo": demo, "data": data, "stream": stream, "shard": shard, "train": train, "learn": learn,
-         "safety": safety, "kills": kills, "start": start, "worth": worth,
-         "features": extract}
+PAGES = {"README.md": {"demo": demo, "learn": learn, "worth": worth, "tree": tree},
+         "docs/measured.md": {"data": data, "stream": stream, "train": train, "start": start, "features": extract,
+                              "safety": safety, "kills": kills, "shard": shard}}
 
 
 def main() -> int:
-    """Rewrites README.md, or with --check says whether it is up to date."""
-    path = ROOT / "README.md"
-    text = fresh = path.read_text()
-    for name, part in PARTS.items():
-        pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end -->)", re.DOTALL)
-        if not pattern.search(fresh):
-            sys.stderr.write(f"README.md has no <!-- {name} --> … <!-- end -->\n")
-            return 1
-        fresh = pattern.sub(lambda match, part=part: match[1] + part() + "\n" + match[2], fresh)
-    if "--check" in sys.argv:
-        if fresh != text:
-            sys.stderr.write("README.md is not what the tree and the results say; run: make readme\n")
-        return int(fresh != text)
-    path.write_text(fresh)
-    return 0
+    """Rewrites the pages, or with --check says whether they are up to date."""
+    code = 0
+    for page, parts in PAGES.items():
+        path = ROOT / page
+        text = fresh = path.read_text()
+        for name, part in parts.items():
+            pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end -->)", re.DOTALL)
+            if not pattern.search(fresh):
+                sys.stderr.write(f"{page} has no <!-- {name} --> … <!-- end -->\n")
+                return 1
+            fresh = pattern.sub(lambda match, part=part: match[1] + part() + "\n" + match[2], fresh)
+        if "--check" not in sys.argv:
+            path.write_text(fresh)
+        elif fresh != text:
+            sys.stderr.write(f"{page} is not what the tree and the results say; run: make readme\n")
+            code = 1
+    return code
 
 
 if __name__ == "__main__":

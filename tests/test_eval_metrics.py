@@ -34,6 +34,7 @@ def test_figures_of_classes_are_those_of_scikit_learn(classes: int, weights: str
         "accuracy": theirs.accuracy_score(truth, guess, sample_weight=weight),
         "balanced_accuracy": theirs.balanced_accuracy_score(truth, guess, sample_weight=weight),
         "macro_f1": theirs.f1_score(truth, guess, average="macro", sample_weight=weight),
+        "weighted_f1": theirs.f1_score(truth, guess, average="weighted", sample_weight=weight),
         "auroc": areas[1] if classes == 2 else np.mean(areas),
         "quadratic_kappa": theirs.cohen_kappa_score(truth, guess, weights="quadratic", sample_weight=weight)}
     assert {name: found[name] for name in expected} == pytest.approx(expected, abs=1e-12)

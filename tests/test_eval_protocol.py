@@ -292,7 +292,8 @@ def test_features_that_are_no_numbers_are_refused(exported: Path, shard: Path, m
 
 def test_the_probability_of_every_class_is_what_the_figures_are_of(exported: Path, shard: Path) -> None:
     result = evaluated(exported, shard)
-    assert set(result["metrics"]) == {"accuracy", "balanced_accuracy", "macro_f1", "auroc", "calibration_error"}
+    assert set(result["metrics"]) == {"accuracy", "balanced_accuracy", "macro_f1", "weighted_f1", "auroc",
+                                      "calibration_error"}
     counts = np.array(result["confusion"])
     assert counts.sum() == result["counts"]["queries"]
     assert result["metrics"]["accuracy"] == pytest.approx(np.trace(counts) / counts.sum(), abs=1e-4)

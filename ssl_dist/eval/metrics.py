@@ -34,7 +34,8 @@ def classification(truth_S: Whole, scores_SC: Numbers, *, ordered: bool = False)
         counts_CC = confusion(truth_S, guess_S, classes, weights_S)
         areas = [each.area(weights_S) for each in ranked]
         return {"accuracy": accuracy(counts_CC), "balanced_accuracy": balanced_accuracy(counts_CC),
-                "macro_f1": macro_f1(counts_CC), "auroc": mean([each for each in areas if np.isfinite(each)]),
+                "macro_f1": macro_f1(counts_CC), "weighted_f1": weighted_f1(counts_CC),
+                "auroc": mean([each for each in areas if np.isfinite(each)]),
                 **({"quadratic_kappa": quadratic_kappa(counts_CC)} if ordered else {}),
                 "calibration_error": _gap(bin_S, confident_S, guess_S == truth_S, weights_S)}
 
@@ -97,6 +98,13 @@ def macro_f1(counts_CC: Numbers) -> float:
     """The mean over classes of F1; a class that neither occurs nor is guessed is left out."""
     both_C = counts_CC.sum(axis=0) + counts_CC.sum(axis=1)
     return mean(2 * np.diag(counts_CC)[both_C > 0] / both_C[both_C > 0])
+
+
+def weighted_f1(counts_CC: Numbers) -> float:
+    """The same, each class counting as often as it occurs."""
+    occurs_C, both_C = counts_CC.sum(axis=1), counts_CC.sum(axis=0) + counts_CC.sum(axis=1)
+    f1_C = 2 * np.diag(counts_CC) / np.maximum(both_C, np.finfo(np.float64).tiny)
+    return float((occurs_C * f1_C).sum() / occurs_C.sum())
 
 
 def quadratic_kappa(counts_CC: Numbers) -> float:

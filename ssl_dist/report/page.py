@@ -31,7 +31,7 @@ TITLES = {
     "data_wait": "time spent waiting for data",
     "grad_norm": "gradient norm",
 }
-METRICS = {"auroc": "AUROC", "macro_f1": "macro F1", "r2": "R²"}
+METRICS = {"auroc": "AUROC", "macro_f1": "macro F1", "weighted_f1": "weighted F1", "r2": "R²"}
 PROTOCOLS = {
     "knn": "k nearest neighbours",
     "linear": "linear probe",
