@@ -67,16 +67,18 @@ def draw(place_S2: np.ndarray, axes: list[str], words: dict[str, list[str]], col
 
 
 def _coloured(axis: Axes, place_S2: np.ndarray, words_S: np.ndarray) -> None:
-    """The commonest words each in a colour, all others in grey, drawn in an order that hides none."""
+    """The commonest words each in a colour, all others and no word in grey, drawn in an order that hides none."""
     found, word_S, counts = np.unique(words_S, return_inverse=True, return_counts=True)
-    common = sorted(np.argsort(-counts, kind="stable")[:WORDS], key=lambda each: str(found[each]))
+    order = [each for each in np.argsort(-counts, kind="stable") if found[each]]
+    common = sorted(order[:WORDS], key=lambda each: str(found[each]))
     rank = {int(each): number for number, each in enumerate(common)}
     colour_S = np.array([f"C{rank[int(word)]}" if int(word) in rank else "0.75" for word in word_S])
-    order = np.random.default_rng(0).permutation(len(words_S))
-    axis.scatter(place_S2[order, 0], place_S2[order, 1], c=colour_S[order], s=6, lw=0, alpha=0.8)
+    mixed = np.random.default_rng(0).permutation(len(words_S))
+    axis.scatter(place_S2[mixed, 0], place_S2[mixed, 1], c=colour_S[mixed], s=6, lw=0, alpha=0.8)
     for each in common:
-        axis.scatter([], [], c=f"C{rank[int(each)]}", s=20, lw=0, label=f"{str(found[each])[:24] or 'none'} "
-                                                                        f"({counts[each]:,})")
-    if rest := len(found) - len(common):
-        axis.scatter([], [], c="0.75", s=20, lw=0, label=f"{rest} others")
+        axis.scatter([], [], c=f"C{rank[int(each)]}", s=20, lw=0, label=f"{str(found[each])[:24]} ({counts[each]:,})")
+    without = int((words_S == "").sum())
+    if rest := [*([f"{len(order) - len(common)} others"] if len(order) > len(common) else []),
+                *([f"none ({without:,})"] if without else [])]:
+        axis.scatter([], [], c="0.75", s=20, lw=0, label=", ".join(rest))
     axis.legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5), handletextpad=0.2)

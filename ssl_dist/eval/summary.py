@@ -11,7 +11,7 @@ def lines(result: dict[str, Any]) -> Iterator[str]:
         yield "{tiles} tiles of {slides} slides, {width} numbers each".format(**counts)
     elif result["protocol"] == "look":
         yield "{tiles} tiles of {slides} slides: ".format(**counts) + ", ".join(result["pictures"])
-        yield "of eight neighbours as many share with a tile: " + ", ".join(
+        yield "neighbours of the same " + ", ".join(
             f"{by} {each['neighbours']:.0%} (by chance {each['chance']:.0%})" for by, each in result["same"].items())
     else:
         yield from _figures(result)
