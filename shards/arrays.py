@@ -3,12 +3,15 @@
 import csv
 import io
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
 
 from shards import folder
 from shards.index import ShardError
+
+WIDE = "patch_size_level0"          # as TRIDENT calls it
 
 
 def length(path: Path, array: str) -> int:
@@ -34,14 +37,48 @@ def read(path: Path, array: str, first: int, last: int) -> tuple[np.ndarray, lis
         return pixels, _labels(file, neighbour, images, first, last)
 
 
-def write_bag(path: Path, features_ND: np.ndarray, coords_N2: np.ndarray, facts: dict[str, str | float]) -> None:
-    """A slide's vectors and where its tiles lie, whole under its name."""
+def write_bag(path: Path, features_ND: np.ndarray, coords_N2: np.ndarray, facts: dict[str, str | float],
+              wide: float | None = None) -> None:
+    """A slide's vectors and where its tiles lie, whole under its name; `wide`: a tile, in pixels of level 0."""
     buffer = io.BytesIO()
     with h5py.File(buffer, "w") as file:
         file.create_dataset("features", data=features_ND.astype(np.float32))
-        file.create_dataset("coords", data=coords_N2.astype(np.int64))
+        coords = file.create_dataset("coords", data=coords_N2.astype(np.int64))
+        if wide:
+            coords.attrs[WIDE] = wide
         file.attrs.update(facts)
     folder.write(path, buffer.getvalue())
+
+
+def bag_facts(path: Path) -> tuple[tuple[int, int], dict[str, Any]]:
+    """How many vectors of which width a slide has, and what its file says of it; with WIDE, where it tells."""
+    with _open(path) as file:
+        features, coords = _bag(file, path)
+        facts = {name: value.item() if isinstance(value, np.generic) else value for name, value in file.attrs.items()}
+        if WIDE in coords.attrs:
+            facts[WIDE] = float(coords.attrs[WIDE])
+        return features.shape[-2:], facts
+
+
+def read_bag(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """A slide's vectors (N, D) in float32, and its tiles' corners (N, 2): ours, CLAM's and TRIDENT's files."""
+    with _open(path) as file:
+        features, coords = _bag(file, path)
+        try:
+            return np.asarray(features[()], np.float32).reshape(features.shape[-2:]), np.asarray(coords[()], np.int64)
+        except OSError as error:
+            raise ShardError(f"{path} is damaged ({error}); write it again") from None
+
+
+def _bag(file: h5py.File, path: Path) -> tuple[h5py.Dataset, h5py.Dataset]:
+    features, coords = file.get("features"), file.get("coords")
+    if (not isinstance(features, h5py.Dataset) or not isinstance(coords, h5py.Dataset) or features.dtype.kind != "f"
+            or features.ndim not in (2, 3) or features.shape[:-2] not in ((), (1,)) or not features.size
+            or coords.shape != (features.shape[-2], 2)):
+        told = {name: f"{each.dtype}{list(each.shape)}" for name, each in file.items()
+                if isinstance(each, h5py.Dataset)}
+        raise ShardError(f"{path} holds {told or 'nothing'}, not features (tiles, width) and coords (tiles, 2)")
+    return features, coords
 
 
 def neighbours(path: Path) -> list[Path]:

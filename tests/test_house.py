@@ -34,7 +34,7 @@ MAY_IMPORT = {
     "ssl_dist.scaling": ["shards.folder"],
     "ssl_dist.lock": ["shards.folder"],
     "ssl_dist.schedule": [],
-    "ssl_dist.data": ["ssl_dist.data", "ssl_dist.dist", "shards.index", "shards.jpeg"],
+    "ssl_dist.data": ["ssl_dist.data", "ssl_dist.dist", "shards.index", "shards.jpeg", "shards.arrays"],
     "ssl_dist.models": ["ssl_dist.models", "ssl_dist.dist", "ssl_dist.points"],
     "ssl_dist.methods": ["ssl_dist.methods", "ssl_dist.models", "ssl_dist.data.batch",
                          "ssl_dist.data.presets", "ssl_dist.dist", "ssl_dist.schedule"],
