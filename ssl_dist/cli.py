@@ -588,7 +588,7 @@ def logs(run: Annotated[Path, typer.Argument(help="A run folder.")],
 
 @app.command(name="eval")
 @verb
-def evaluate(config: Config, overrides: Overrides = None, print_config: PrintConfig = False,
+def evaluate(config: Config, overrides: Overrides = None, print_config: PrintConfig = False, dry_run: DryRun = False,
              debug: Debug = False) -> None:    # noqa: ARG001
     """Measure what an exported encoder is worth on labelled shards."""
     from ssl_dist import config as configs
@@ -602,6 +602,11 @@ def evaluate(config: Config, overrides: Overrides = None, print_config: PrintCon
     from ssl_dist.eval import summary
 
     protocol = importlib.import_module(f"ssl_dist.eval.{settings.protocol}")
+    if dry_run:
+        dist.device(settings.device)
+        for name, value in shared.rehearse(settings, getattr(protocol, "allow", lambda *_: None)).items():
+            say(*(f"warning: {words}" for words in value) if name == "warnings" else (f"{name:20} {value}",))
+        return None
     with bars() as progress:
         threads = settings.threads or len(os.sched_getaffinity(0))
         device = dist.device(settings.device)

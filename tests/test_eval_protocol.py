@@ -329,3 +329,21 @@ def test_one_class_alone_is_refused(split: str, exported: Path, shard: Path, tmp
     same = [0 if splits[number] == split else label for number, label in enumerate(labels)]
     with pytest.raises(ShardError, match=f"split {split!r} holds one class only"):
         evaluated(exported, relabelled(shard, tmp_path / "same", label=same))
+
+
+def test_a_rehearsal_refuses_what_the_evaluation_would_and_computes_nothing(
+        exported: Path, shard: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(features, "extract", None)
+    words = [f"encoder={exported}", f"data.shards=[{shard}]", "k=5"]
+    told = protocol.rehearse(config.load_eval("eval/knn", words), knn.allow)
+    splits = index.samples(shard)["split"].to_pylist()
+    labels = index.samples(shard)["label"].to_pylist()
+    for words_of, split in (("tiles to learn from", "train"), ("tiles asked about", "test")):
+        assert told[words_of] == sum(own == split and label != index.NO_LABEL
+                                     for own, label in zip(splits, labels, strict=True))
+    assert any("have no label" in each for each in told["warnings"])
+    assert not (exported.parent / "eval" / "knn.json").exists()
+    with pytest.raises(ShardError, match="lower k"):
+        protocol.rehearse(config.load_eval("eval/knn", [*words[:2], "k=100000"]), knn.allow)
+    told = protocol.rehearse(config.load_eval("eval/embed", words[:2]))
+    assert told["tiles"] == len(labels)

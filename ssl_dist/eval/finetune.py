@@ -31,10 +31,12 @@ def run(settings: Finetune, device: torch.device, threads: int, progress: Progre
     def judged(source: Source, bank: Split, query: Split) -> Verdict:
         return tuned(source, bank, query, settings, device, threads, functools.partial(progress, source.name))
 
-    def allow(bank: Split) -> None:
-        linear.parted(bank, settings.seed)
+    return protocol.compare(settings, judged, functools.partial(allow, settings))
 
-    return protocol.compare(settings, judged, allow)
+
+def allow(settings: Finetune, bank: Split) -> None:
+    """Refuses a bank of which no part can be held out to choose by."""
+    linear.parted(bank, settings.seed)
 
 
 def tuned(source: Source, bank: Split, query: Split, settings: Finetune, device: torch.device, threads: int,

@@ -3,6 +3,7 @@
 Q queries   B bank   K neighbours   D width   C classes
 """
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,12 @@ from ssl_dist.eval.protocol import Progress, Verdict
 from ssl_dist.eval.settings import Knn
 
 ROWS = 8            # queries on the picture
+
+
+def allow(settings: Knn, bank: Split) -> None:
+    """Refuses more neighbours than there are."""
+    if len(bank.rows) < settings.k:
+        raise ShardError(f"k={settings.k} neighbours are more than the {len(bank.rows)} tiles of the bank; lower k")
 
 
 def neighbours(query_QD: Tensor, bank_BD: Tensor, k: int, chunk: int = 1024) -> tuple[Tensor, Tensor]:
@@ -49,10 +56,6 @@ def run(settings: Knn, device: torch.device, threads: int, progress: Progress) -
     """The protocol: features of both splits, a vote for every query, and the same for each baseline."""
     shown: list[tuple[Tensor, Tensor]] = []         # of the encoder, which is judged first
 
-    def allow(bank: Split) -> None:
-        if len(bank.rows) < settings.k:
-            raise ShardError(f"k={settings.k} neighbours are more than the {len(bank.rows)} tiles of the bank; lower k")
-
     def judge(bank_BD: Tensor, bank: Split, query_QD: Tensor, query: Split) -> Verdict:      # noqa: ARG001
         similarity_QK, places_QK = neighbours(query_QD, bank_BD, settings.k)
         if bank.targets_SC is not None:
@@ -73,4 +76,4 @@ def run(settings: Knn, device: torch.device, threads: int, progress: Progress) -
                      out / "knn_neighbours.png")
         return ["knn_neighbours.png"]
 
-    return protocol.run(settings, judge, device, threads, progress, allow, draw)
+    return protocol.run(settings, judge, device, threads, progress, functools.partial(allow, settings), draw)

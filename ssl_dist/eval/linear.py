@@ -7,6 +7,7 @@ is given to choose by (`data.valid`), it is chosen there, and learns from the ba
 Q queries   B bank   D width
 """
 
+import functools
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -42,10 +43,12 @@ def run(settings: Linear, device: torch.device, threads: int, progress: Progress
         return Verdict(scores(probe, query_QD.numpy(), len(bank.classes)),
                        {"C": strength, "accuracy_held_out": round(chosen_by, 4)})
 
-    def allow(bank: Split) -> None:
-        parted(bank, settings.seed)
+    return protocol.run(settings, judge, device, threads, progress, functools.partial(allow, settings))
 
-    return protocol.run(settings, judge, device, threads, progress, allow)
+
+def allow(settings: Judged, bank: Split) -> None:
+    """Refuses a bank of which no part can be held out to choose by."""
+    parted(bank, settings.seed)
 
 
 def choose(bank_BD: np.ndarray, labels_B: np.ndarray, learn: np.ndarray, held: np.ndarray) -> tuple[float, float]:

@@ -6,6 +6,7 @@ what labels add, and not which were drawn.
 Q queries   B bank   D width
 """
 
+import functools
 import io
 from pathlib import Path
 from typing import Any
@@ -47,18 +48,20 @@ def run(settings: Low, device: torch.device, threads: int, progress: Progress) -
         shown.append((("encoder", *settings.baselines)[len(shown)], rows))
         return Verdict(scores_QC, {}, rows)     # of the last, which knows every label
 
-    def allow(bank: Split) -> None:
-        linear.parted(bank, settings.seed)
-        fewest = int(np.unique(bank.labels_S.numpy()[bank.taught], return_counts=True)[1].min())
-        if settings.per_class and max(settings.per_class) > fewest:
-            raise ShardError(f"per_class={max(settings.per_class)} labels are more than the {fewest} tiles of the "
-                             "bank's rarest class; lower it")
-
     def draw(bank: Split, query: Split, out: Path) -> list[str]:       # noqa: ARG001
         _plot(shown, out / "low_labels.png")
         return ["low_labels.png"]
 
-    return protocol.run(settings, judge, device, threads, progress, allow, draw)
+    return protocol.run(settings, judge, device, threads, progress, functools.partial(allow, settings), draw)
+
+
+def allow(settings: Low, bank: Split) -> None:
+    """Refuses more labels than there are, and a bank of which no part can be held out."""
+    linear.parted(bank, settings.seed)
+    fewest = int(np.unique(bank.labels_S.numpy()[bank.taught], return_counts=True)[1].min())
+    if settings.per_class and max(settings.per_class) > fewest:
+        raise ShardError(f"per_class={max(settings.per_class)} labels are more than the {fewest} tiles of the bank's "
+                         "rarest class; lower it")
 
 
 def order(labels_B: np.ndarray, groups_B: np.ndarray, seed: int) -> np.ndarray:

@@ -21,7 +21,7 @@ from shards.index import ShardError
 from ssl_dist.eval import features, intervals, leakage, metrics
 from ssl_dist.eval.cache import Cache
 from ssl_dist.eval.features import Split
-from ssl_dist.eval.settings import Eval, Judged
+from ssl_dist.eval.settings import Eval, Every, Judged
 from ssl_dist.models import encoder as encoders
 
 UNKNOWN = ""            # the patient of a tile whose source does not say
@@ -101,6 +101,27 @@ def run(settings: Judged, judge: Judge, device: torch.device, threads: int, prog
         return judge(vectors[0], bank, vectors[1], query)
 
     return compare(settings, judged, allow, draw)
+
+
+def rehearse(settings: Eval, allow: Callable[[Any, Split], None] = lambda *_: None) -> dict[str, Any]:
+    """Everything that can fail before a tile is looked at; what would be compared."""
+    named = settings.baselines if isinstance(settings, Judged) else []
+    sources = [Source(what, settings) for what in ("encoder", *named)]
+    tiles: dict[str, Any] = {}
+    told = {"encoder": f"{sources[0].architecture}, at {sources[0].size} px", "baselines": ", ".join(named) or "none"}
+    if isinstance(settings, Judged):
+        with _compared(settings) as (bank, query):
+            allow(settings, bank)
+            tiles = {"tiles to learn from": len(bank.taught), "tiles asked about": len(query.rows),
+                     **({} if bank.valid_S is None else {"tiles to choose by": int(bank.valid_S.sum())}),
+                     "classes": ", ".join(bank.classes) or "none", "warnings": [*dict.fromkeys(
+                         [*bank.remarks, *query.remarks, *_doubts(settings.encoder, query, leakage.overlap(
+                             settings.encoder, query))])]}
+    elif isinstance(settings, Every):
+        split = features.every(settings.data.shards, settings.data.split)
+        split.reader.close()
+        tiles = {"tiles": len(split.rows), "slides": len(set(split.slides))}
+    return {"protocol": settings.protocol, **told, **tiles, "out": str(settings.home)}
 
 
 def repeated(once: Callable[[Any], dict[str, Any]], settings: Eval) -> dict[str, Any]:

@@ -194,21 +194,26 @@ class Finetune(Judged):
 
 
 @dataclass(kw_only=True)
-class Embed(Eval):
+class Every(Eval):
+    """Something of all tiles, and no figure of merit."""
+
+    data: Tiles
+
+
+@dataclass(kw_only=True)
+class Embed(Every):
     """Vectors for other programs."""
 
     protocol: str = "embed"
-    data: Tiles
     write: list[str] = field(default_factory=lambda: ["parquet", "h5"], metadata={
         "choices": ("parquet", "h5"), "some": True, "help": "a table, and a file a slide"})
 
 
 @dataclass(kw_only=True)
-class Look(Eval):
+class Look(Every):
     """Pictures of what an encoder sees."""
 
     protocol: str = "look"
-    data: Tiles
     tiles: int = field(default=5000, metadata={"range": (10, 10**6), "help": "at most, evenly from all there are"})
     queries: int = field(default=8, metadata={"range": (1, 64), "help": "tiles shown with their neighbours"})
     maps: list[str] = field(default_factory=lambda: ["pca", "umap"], metadata={

@@ -5,6 +5,7 @@ Q queries   B bank   D width   C classes   R rates
 """
 
 import copy
+import functools
 from typing import Any
 
 import numpy as np
@@ -29,10 +30,12 @@ def run(settings: Sgd, device: torch.device, threads: int, progress: Progress) -
         with torch.inference_mode():
             return Verdict(layer(query_QD).softmax(dim=1).double().numpy(), facts)
 
-    def allow(bank: Split) -> None:
-        linear.parted(bank, settings.seed)
+    return protocol.run(settings, judge, device, threads, progress, functools.partial(allow, settings))
 
-    return protocol.run(settings, judge, device, threads, progress, allow)
+
+def allow(settings: Sgd, bank: Split) -> None:
+    """Refuses a bank of which no part can be held out to choose by."""
+    linear.parted(bank, settings.seed)
 
 
 def trained(bank_BD: Tensor, labels_B: Tensor, learn: np.ndarray, held: np.ndarray, classes: int,
