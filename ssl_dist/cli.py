@@ -604,7 +604,9 @@ def evaluate(config: Config, overrides: Overrides = None, print_config: PrintCon
     protocol = importlib.import_module(f"ssl_dist.eval.{settings.protocol}")
     if dry_run:
         dist.device(settings.device)
-        for name, value in shared.rehearse(settings, getattr(protocol, "allow", lambda *_: None)).items():
+        rehearse = getattr(protocol, "rehearse", functools.partial(shared.rehearse, allow=getattr(
+            protocol, "allow", lambda *_: None)))
+        for name, value in rehearse(settings).items():
             say(*(f"warning: {words}" for words in value) if name == "warnings" else (f"{name:20} {value}",))
         return None
     with bars() as progress:

@@ -7,6 +7,7 @@ from pathlib import Path
 from ssl_dist.models import ELSEWHERE
 
 BASELINES = "random", "colours"
+CHANCE = "chance"       # the baseline of what has no encoder
 
 
 @dataclass(kw_only=True)
@@ -59,17 +60,12 @@ class Labelled:
 
 
 @dataclass(kw_only=True)
-class Eval:
+class Protocol:
     """`ssl-dist eval`: what every protocol is told."""
 
-    encoder: str = field(metadata={"help": "an encoder folder, or timm:NAME or hf-hub:OWNER/NAME"})
     protocol: str
-    out: Path | None = field(default=None, metadata={"help": "folder of results; null: eval/ beside the encoder"})
-    cache: bool = field(default=True, metadata={"help": "keep features in OUT/features, and compute them once"})
-    precision: str = field(default="fp32", metadata={"choices": ("fp32", "bf16"), "help": "of the encoder"})
-    size: int | None = field(default=None, metadata={"range": (16, 4096), "help": "pixels a tile is resized to; null: "
-                                                     "as wide as what the encoder was trained on"})
-    batch: int = field(default=256, metadata={"range": (1, 10**6), "help": "tiles looked at together"})
+    out: Path | None = field(default=None, metadata={"help": "folder of results; null: beside the encoder or the "
+                                                             "vectors"})
     threads: int = field(default=0, metadata={"range": (0, 1024), "help": "0: all cores"})
     device: str = field(default="auto", metadata={"choices": ("auto", "cpu", "cuda"), "help": "cuda: every GPU there is"
                                                   })
@@ -78,8 +74,29 @@ class Eval:
 
     def rules(self) -> list[str]:
         """What cannot be said of one value alone."""
+        return []
+
+    @property
+    def home(self) -> Path:
+        """Where results go."""
+        raise NotImplementedError
+
+
+@dataclass(kw_only=True)
+class Eval(Protocol):
+    """What looks at tiles with an encoder."""
+
+    encoder: str = field(metadata={"help": "an encoder folder, or timm:NAME or hf-hub:OWNER/NAME"})
+    cache: bool = field(default=True, metadata={"help": "keep features in OUT/features, and compute them once"})
+    precision: str = field(default="fp32", metadata={"choices": ("fp32", "bf16"), "help": "of the encoder"})
+    size: int | None = field(default=None, metadata={"range": (16, 4096), "help": "pixels a tile is resized to; null: "
+                                                     "as wide as what the encoder was trained on"})
+    batch: int = field(default=256, metadata={"range": (1, 10**6), "help": "tiles looked at together"})
+
+    def rules(self) -> list[str]:
+        """What cannot be said of one value alone."""
         if self.encoder.startswith(ELSEWHERE) or Path(self.encoder).exists():
-            return []
+            return super().rules()
         return [f"encoder={self.encoder!r} is no folder here (looked in {Path.cwd()}); a run writes RUN/encoder when "
                 "it ends, `ssl-dist export RUN` before; others are timm:NAME and hf-hub:OWNER/NAME"]
 
@@ -224,5 +241,40 @@ class Look(Every):
     projector: bool = field(default=True, metadata={"help": "also for TensorBoard's projector, in OUT/projector"})
 
 
-PROTOCOLS: dict[str, type[Eval]] = {"knn": Knn, "linear": Linear, "sgd": Sgd, "low": Low, "finetune": Finetune,
-                                    "embed": Embed, "look": Look}
+@dataclass(kw_only=True)
+class SlideLinear(Protocol):
+    """Logistic regression on one vector a slide."""
+
+    protocol: str = "slide_linear"
+    vectors: Path = field(metadata={"exists": True, "help": "a Parquet table with columns slide, features and perhaps "
+                                                            "patient, or a folder of slides, an HDF5 file each"})
+    labels: Path = field(metadata={"exists": True, "help": "a CSV table: columns slide and label, perhaps split (train "
+                                                           "and test, or a word a split) and patient"})
+    pooling: str = field(default="mean", metadata={"choices": ("mean", "max"), "help": "of what has several vectors a "
+                                                                                       "slide"})
+    baselines: list[str] = field(default_factory=lambda: [CHANCE], metadata={
+        "help": "chance: classes as often as they were seen; or other vectors of the same slides, as vectors= takes "
+                "them"})
+    sizes: list[int] = field(default_factory=lambda: [50, 100, 250], metadata={
+        "range": (2, 10**6), "help": "slides learnt from, beside all"})
+    splits: int = field(default=10, metadata={"range": (2, 1000), "help": "parts of the patients, each asked about in "
+                                                                          "turn; of a table's test, choices of slides"})
+    strength: float = field(default=10.0, metadata={"range": (1e-9, 1e9), "help": "scikit-learn's C"})
+    balanced: bool = field(default=True, metadata={"help": "classes weigh alike, however many slides they have"})
+    iterations: int = field(default=1000, metadata={"range": (1, 10**6), "help": "of L-BFGS, at most"})
+    scale: bool = field(default=False, metadata={"help": "every number of a vector by its mean and deviation"})
+
+    def rules(self) -> list[str]:
+        """What cannot be said of one value alone."""
+        return [*super().rules(), *(
+            f"baselines has {source!r}, which is neither {CHANCE} nor vectors of slides (looked in {Path.cwd()})"
+            for source in self.baselines if source != CHANCE and not Path(source).exists())]
+
+    @property
+    def home(self) -> Path:
+        """Where results go: `out`, or beside the vectors."""
+        return self.out or self.vectors.parent
+
+
+PROTOCOLS: dict[str, type[Protocol]] = {"knn": Knn, "linear": Linear, "sgd": Sgd, "low": Low, "finetune": Finetune,
+                                        "embed": Embed, "look": Look, "slide_linear": SlideLinear}

@@ -28,6 +28,10 @@ def lines(result: dict[str, Any]) -> Iterator[str]:
             yield f"{name}, balanced accuracy with few labels: " + ", ".join(
                 (f"{row['share']:.0%}" if "share" in row else f"{row['per_class']} a class")
                 + " {mean:.3f} ± {deviation:.3f}".format(**row["balanced_accuracy"]) for row in rows)
+    if result["protocol"] == "slide_linear":
+        for name, rows in result["curves"].items():
+            yield f"{name}, AUROC learnt from few slides: " + ", ".join(
+                "{} {mean:.3f} ± {deviation:.3f}".format(row.get("slides", "all"), **row["auroc"]) for row in rows)
     yield f"written to {result['written']}"
 
 

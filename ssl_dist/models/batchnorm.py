@@ -23,14 +23,14 @@ class _Normalise(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, input: Tensor, weight_C: Tensor | None, bias_C: Tensor | None, mean_C: Tensor,
-                variance_C: Tensor, eps: float, ranks: int) -> Tensor:
-        ctx.save_for_backward(input, weight_C, mean_C, variance_C)
+                variance_C: Tensor, count: Tensor, eps: float, ranks: int) -> Tensor:
+        ctx.save_for_backward(input, weight_C, mean_C, variance_C, count)
         ctx.eps, ctx.ranks = eps, ranks
         return F.batch_norm(input, mean_C, variance_C, weight_C, bias_C, training=False, eps=eps)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:        # type: ignore[override]
-        input, weight_C, mean_C, variance_C = ctx.saved_tensors
+        input, weight_C, mean_C, variance_C, count = ctx.saved_tensors
         scale_C = torch.rsqrt(variance_C + ctx.eps)
         # As if the statistics were constants: dx = w dy / σ, dw = Σ dy x̂, db = Σ dy, in one pass.
         constant, dw_C, db_C = torch.ops.aten.native_batch_norm_backward(
@@ -40,14 +40,13 @@ class _Normalise(torch.autograd.Function):
         dw_C, db_C = _wide(dw_C), _wide(db_C)
         total_2C = torch.stack([dw_C, db_C])
         c10d.all_reduce(total_2C, group=dist.neighbours(ctx.ranks))
-        count = input.numel() / input.shape[1] * ctx.ranks
         # Through the statistics: - w/σ (Σ dy + x̂ Σ dy x̂) / count, a straight line in x for each channel.
         factor_C = (scale_C if weight_C is None else _wide(weight_C) * scale_C) / count
         slope_C = factor_C * scale_C * total_2C[0]
         level_C = factor_C * total_2C[1] - slope_C * mean_C
         shape = [1, -1] + [1] * (input.ndim - 2)
         dx = constant.sub_(level_C.view(shape)).addcmul_(input, slope_C.view(shape).to(input.dtype), value=-1)
-        return dx, None if weight_C is None else dw_C, None if weight_C is None else db_C, None, None, None, None
+        return dx, None if weight_C is None else dw_C, None if weight_C is None else db_C, None, None, None, None, None
 
 
 def _wide(values: Tensor) -> Tensor:
@@ -80,17 +79,20 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
         with torch.no_grad():
             # The kernel behind torch's own BatchNorm; var_mean was measured thirty times slower on channels_last.
             own_2C = _wide(torch.stack(torch.batch_norm_update_stats(input, None, None, 0.0)))
-            parts_W2C = [torch.empty_like(own_2C) for _ in range(ranks)]
+            own_3C = torch.cat([own_2C, own_2C.new_full(own_2C[:1].shape, input.numel() / input.shape[1])])
+            parts_W3C = [torch.empty_like(own_3C) for _ in range(ranks)]
             points.alone.meets()
-            c10d.all_gather(parts_W2C, own_2C, group=dist.neighbours(ranks))
-            means_WC, variances_WC = torch.stack(parts_W2C).unbind(1)
-            # Ranks hold equal shares. Variance within them, and between their means: no squares that would cancel.
-            mean_C = means_WC.mean(0)
-            variance_C = variances_WC.mean(0) + (means_WC - mean_C).square().mean(0)
-            count = input.numel() / input.shape[1] * ranks
+            c10d.all_gather(parts_W3C, own_3C, group=dist.neighbours(ranks))
+            means_WC, variances_WC, counts_WC = torch.stack(parts_W3C).unbind(1)
+            # Shares differ where samples are the tiles of slides. Variance within ranks, and between their means: no
+            # squares that would cancel.
+            count = counts_WC[:, 0].sum()
+            shares_WC = counts_WC / count
+            mean_C = (shares_WC * means_WC).sum(0)
+            variance_C = (shares_WC * (variances_WC + (means_WC - mean_C).square())).sum(0)
             if self.track_running_stats:
                 self._remember(mean_C, variance_C * (count / (count - 1)))
-        return _Normalise.apply(input, self.weight, self.bias, mean_C, variance_C, self.eps, ranks)
+        return _Normalise.apply(input, self.weight, self.bias, mean_C, variance_C, count, self.eps, ranks)
 
     def _remember(self, mean_C: Tensor, unbiased_C: Tensor) -> None:
         assert self.running_mean is not None and self.running_var is not None, "buffers go with track_running_stats"

@@ -38,6 +38,7 @@ PROTOCOLS = {
     "sgd": "a linear layer, trained step by step",
     "low": "linear probe with few labels; the figures here are of all of them",
     "finetune": "fine-tuning of the whole encoder",
+    "slide_linear": "linear probe of one vector a slide",
     "embed": "vectors for other programs, not judged",
     "look": "to be looked at, not judged",
 }
@@ -48,6 +49,7 @@ CAPTIONS = {
     "classes.png": "Tiles by class.",
     "slides.png": "Tiles by slide.",
     "sites.png": "Tiles by site.",
+    "slide_linear.png": "What more slides add: mean and standard deviation over splits.",
     "low_labels.png": "What more labels add: mean and standard deviation over the choices of labels.",
 }
 CARD = {"input": "input_size", "less the mean": "mean", "over the deviation": "std"}  # of timm's, by our words
