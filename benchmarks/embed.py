@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-SIZE, BATCH = 224, 128
+SIZE, BATCH = 224, 32
 COPIES = 8              # of the real slide, which is small
 PAINTED = 4
 

@@ -10,7 +10,6 @@ N tiles   S pixels a side
 import contextlib
 import ctypes
 import multiprocessing.connection
-import os
 import time
 from collections import Counter, deque
 from collections.abc import Generator, Iterator
@@ -33,9 +32,6 @@ from shards.tiles import Rejected, Seen
 PIECE = 8 << 20
 # Pieces a process may have filled that nobody took yet: it reads on while an encoder looks at a batch.
 PIECES = 4
-# A reader's priority below its user's: on a CPU an encoder's threads wait for one another, and for each that a reader
-# displaces all stand still. What an encoder leaves is enough: where tiles are wanting, it waits.
-NICE = 10
 
 
 class Tiles(NamedTuple):
@@ -151,7 +147,6 @@ def _heard(each: _Running) -> Iterator[Tiles]:
 
 
 def _work(source: Source, settings: Settings, memory: Any, count: int, says: Connection) -> None:
-    os.nice(NICE)
     size = settings.size
     room = np.frombuffer(memory, np.uint8).reshape(PIECES, count, size, size, 3)
     with cut.answering(settings, says):

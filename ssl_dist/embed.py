@@ -36,6 +36,8 @@ from ssl_dist.models import encoder as encoders
 from ssl_dist.slides import Slides
 
 FORMAT = 1              # of what is written: another one where the same settings would give other tiles or vectors
+# On a CPU more at a time is no quicker, and what the last batch of a job is padded with is looked at as well.
+BATCH = {"cpu": 32, "cuda": 256}
 SUFFIXES = {"h5": ".h5", "parquet": ".parquet"}
 
 Progress = Callable[[str, int, int, str], None]     # what, how many are done, of how many, how fast
@@ -113,8 +115,8 @@ def plan(settings: Slides) -> Job:
         if done is None or not _written(settings, source, done):
             job.left.append(source)
         elif what := _difference(done["source"], _told(source)):
-            job.changed.append((source, f"it is done already, and since then {what}; delete {_note(settings, source)} to "
-                                        "embed it anew"))
+            job.changed.append((source, f"it is done already, and since then {what}; delete "
+                                        f"{_note(settings, source)} to embed it anew"))
     return job
 
 
@@ -163,7 +165,7 @@ def _embed(job: Job, summary: Summary, network: encoders.Encoder, device: torch.
         progress("slides", done, len(job.left) + len(job.changed), summary.pace)
 
     told()
-    batches = _Batches(job, summary, threads, told)
+    batches = _Batches(job, summary, settings.batch or BATCH[device.type], threads, told)
     with contextlib.closing(batches.made()) as made:
         for whose, vectors_BD in features.look(network, made, device, settings.precision):
             batches.take(whose, vectors_BD.numpy())
@@ -172,8 +174,8 @@ def _embed(job: Job, summary: Summary, network: encoders.Encoder, device: torch.
 class _Batches:
     """Tiles of all slides in batches of one shape, and what becomes of the slides."""
 
-    def __init__(self, job: Job, summary: Summary, threads: int, told: Callable[[], None]):
-        self._job, self._summary, self._threads, self._told = job, summary, threads, told
+    def __init__(self, job: Job, summary: Summary, batch: int, threads: int, told: Callable[[], None]):
+        self._job, self._summary, self._batch, self._threads, self._told = job, summary, batch, threads, told
         self._slides: dict[int, _Slide] = {}        # that are not written yet, by their places in what is left
 
     def made(self) -> Generator[tuple[list[tuple[_Slide, int]], Tensor], None, None]:
@@ -181,7 +183,7 @@ class _Batches:
         opencv.one_thread()
         settings, size = self._job.settings, self._job.looks.size
         whose: list[tuple[_Slide, int]] = []
-        pixels = np.empty((settings.batch, size, size, 3), np.uint8)
+        pixels = np.empty((self._batch, size, size, 3), np.uint8)
         filled = 0
         with ThreadPoolExecutor(self._threads) as pool, \
                 contextlib.closing(feed.read(self._job.left, settings.reading())) as feeding:
@@ -195,12 +197,12 @@ class _Batches:
                 slide.corners.append(item.corner_N2)
                 first, count = 0, len(item.corner_N2)
                 while first < count:
-                    some = min(count - first, settings.batch - filled)
+                    some = min(count - first, self._batch - filled)
                     opencv.resized(item.pixels_NSS3[first:first + some].__getitem__, some, size, pool,
                                    pixels[filled:filled + some])
                     whose.append((slide, some))
                     first, filled = first + some, filled + some
-                    if filled == settings.batch:
+                    if filled == self._batch:
                         yield whose, torch.from_numpy(pixels)
                         # Fresh: what is handed over is never reused.
                         whose, pixels, filled = [], np.empty_like(pixels), 0

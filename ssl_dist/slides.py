@@ -65,7 +65,8 @@ class Slides:
                                                        "pixels a tile is resized to; null: as wide as what the encoder "
                                                        "was trained on"})
     precision: str = field(default="fp32", metadata={"choices": ("fp32", "bf16"), "help": "of the encoder"})
-    batch: int = field(default=128, metadata={"range": (1, 10**6), "help": "tiles looked at together, of any slides"})
+    batch: int = field(default=0, metadata={"range": (0, 10**6), "help":
+                                            "tiles looked at together, of any slides; 0: 32 on a CPU, 256 on a GPU"})
     device: str = field(default="auto", metadata={"choices": ("auto", "cpu", "cuda"), "help": "cuda: every GPU there is"
                                                   })
     threads: int = field(default=0, metadata={"range": (0, 1024), "help": "that resize tiles; 0: all cores"})
