@@ -32,6 +32,7 @@ from shards.tiles import Rejected, Seen
 PIECE = 8 << 20
 # Pieces a process may have filled that nobody took yet: it reads on while an encoder looks at a batch.
 PIECES = 4
+PATIENCE = 10.0         # seconds that a process has to end, once it has said all, and once it was killed
 
 
 class Tiles(NamedTuple):
@@ -69,6 +70,13 @@ class _Running:
         self.heard = time.monotonic()       # when it last said something, or was given room
         self.end: Ended | None = None
 
+    def gone(self, seconds: float) -> bool:
+        """Ends the process where it does not end by itself; whether that was done (not where its disk is dead)."""
+        self.process.join(seconds)
+        self.process.kill()
+        self.process.join(PATIENCE)
+        return not self.process.is_alive()
+
 
 def read(found: list[Source], settings: Settings) -> Generator[Tiles | Ended, None, None]:
     """The tiles of all slides as they come, of several slides at a time; of each, in their order."""
@@ -98,15 +106,14 @@ def read(found: list[Source], settings: Settings) -> Generator[Tiles | Ended, No
             for each in [*running]:
                 yield from _heard(each)
                 if each.end is None and time.monotonic() > each.heard + settings.unit_seconds:
-                    each.process.kill()
                     each.end = Ended(each.slide, each.attempt, ShardError(
                         f"no tile came for {settings.unit_seconds:g} s: it was stopped; look at it, or give it longer "
                         "with unit_seconds="))
                 if each.end is None:
                     continue
-                each.process.join()
                 running.remove(each)
-                free.append(each.memory)
+                if each.gone(PATIENCE if each.end.error is None else 0):
+                    free.append(each.memory)        # of one that cannot be ended nobody takes it again
                 if isinstance(each.end.error, Crashed) and each.attempt == 1:       # once is no proof against the slide
                     each.end.again = True
                     waiting.appendleft((each.slide, 2))
@@ -115,7 +122,8 @@ def read(found: list[Source], settings: Settings) -> Generator[Tiles | Ended, No
     finally:        # whatever ended the job, no process of it goes on
         for left in running:
             left.process.kill()
-            left.process.join()
+        for left in running:
+            left.gone(0)
 
 
 def _heard(each: _Running) -> Iterator[Tiles]:

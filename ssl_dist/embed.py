@@ -304,7 +304,10 @@ def _written(settings: Slides, source: Source, note: dict[str, Any]) -> bool:
 
 def _told(source: Source) -> dict[str, Any]:
     """What was known of a slide before it was opened, and decides its vectors."""
-    return {"bytes": source.path.stat().st_size, "slide_mpp_told": source.mpp, "patient": source.patient}
+    there = 0
+    with contextlib.suppress(OSError):      # gone since it was found: who reads it will say so
+        there = source.path.stat().st_size
+    return {"bytes": there, "slide_mpp_told": source.mpp, "patient": source.patient}
 
 
 def _failed(job: Job, summary: Summary, source: Source, why: str) -> None:
