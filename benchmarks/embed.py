@@ -5,6 +5,8 @@
 In turns in one run, on painted slides and on a real one under several names: `read` is all tiles of the slides, read by
 a process a core and thrown away; `encoder` looks at such tiles that are in memory; `embed` is the command. On a CPU
 both share the cores, so at best embed takes as long as the two one after the other; on a GPU, as the longer of them.
+`_cpu` is the same a CPU-second of all processes,
+which says more where other jobs share the cores: embed has more processes than either alone, and so more of the cores.
 And on one core: a slide's own JPEG tiles, decoded as they lie in the file, against OpenSlide's read_region.
 """
 
@@ -43,38 +45,40 @@ def sets(folder: Path, side: int) -> dict[str, dict[str, Any]]:
 def turns(told: argparse.Namespace, which: dict[str, Any], encoder: Path, device: Any, threads: int,
           folder: Path) -> list[dict[str, float]]:
     """Tiles a second of every contender, a row a round."""
+    import measure
     import numpy as np
     import torch
 
     from shards import feed, sources
     from ssl_dist import embed
+    from ssl_dist.eval import features
     from ssl_dist.models import encoder as encoders
     from ssl_dist.slides import Slides
 
     settings = Slides(encoder=str(encoder), out=folder, batch=BATCH, **which)
     found = sources.named(settings.slides, settings.reading())
-    network = encoders.load(encoder).eval().to(device)
+    network = encoders.load(encoder)
     held = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (BATCH, SIZE, SIZE, 3), np.uint8))
 
-    def read() -> float:
-        since, tiles = time.perf_counter(), 0
-        for item in feed.read(found, settings.reading()):
-            tiles += len(item.corner_N2) if isinstance(item, feed.Tiles) else 0
-        return tiles / (time.perf_counter() - since)
+    def read() -> int:
+        return sum(len(item.corner_N2) for item in feed.read(found, settings.reading()) if isinstance(item, feed.Tiles))
 
-    @torch.inference_mode()
-    def alone(tiles: int) -> float:
-        since, rounds = time.perf_counter(), max(1, round(tiles / BATCH))
-        for _ in range(rounds):
-            network(held.to(device)).float().cpu()
-        return rounds * BATCH / (time.perf_counter() - since)
+    def look(tiles: int) -> int:
+        rounds = max(1, round(tiles / BATCH))
+        return sum(len(vectors) for _, vectors in features.look(network, ((None, held) for _ in range(rounds)), device))
 
     rows = []
     for number in range(told.rounds + 1):       # the first warms up
-        settings.out = folder / str(number)
+        settings.out, spent = folder / str(number), measure.cpu_seconds()
         done = embed.run(settings, device, threads)
-        rows.append({"embed": done.tiles / done.seconds, "slides_an_hour": 3600 * done.slides / done.seconds,
-                     "read": read(), "encoder": alone(done.tiles), "tiles": done.tiles})
+        row = {"embed": done.tiles / done.seconds, "slides_an_hour": 3600 * done.slides / done.seconds,
+               "tiles": done.tiles, "embed_cpu": done.tiles / (measure.cpu_seconds() - spent)}
+        for name, do in (("read", read), ("encoder", lambda tiles=done.tiles: look(tiles))):
+            since, spent = time.perf_counter(), measure.cpu_seconds()
+            tiles = do()
+            row |= {name: tiles / (time.perf_counter() - since),
+                    f"{name}_cpu": tiles / (measure.cpu_seconds() - spent)}
+        rows.append(row)
         sys.stderr.write(f"round {number} of {told.rounds}: {rows[-1]}\n")
     return rows[1:]
 
@@ -154,10 +158,12 @@ def main() -> None:
             rows = turns(told, which, Path(scratch) / "encoder", device, threads, Path(scratch) / f"{name}-vectors")
             best = [1 / max(1 / row["read"], 1 / row["encoder"]) if device.type == "cuda" else
                     1 / (1 / row["read"] + 1 / row["encoder"]) for row in rows]
+            cpu = [row["embed_cpu"] * (1 / row["read_cpu"] + 1 / row["encoder_cpu"]) for row in rows]
             ratios = [row["embed"] / each for row, each in zip(rows, best, strict=True)]
             found["sets"][name] = {
                 **{key: round(statistics.median(row[key] for row in rows), 1) for key in rows[0]},
                 "of_best": round(statistics.median(ratios), 3), "of_best_rounds": [round(each, 3) for each in ratios],
+                "of_best_cpu": round(statistics.median(cpu), 3), "of_best_cpu_rounds": [round(each, 3) for each in cpu],
                 "one_core": apart(which, told.rounds)}
     sys.stderr.write(f"{json.dumps(found['sets'])}\n")
     sys.stderr.write(f"{measure.keep(found, 'embed', draw, told.out)}\n")

@@ -32,6 +32,7 @@ from shards.tiles import Rejected, Seen
 PIECE = 8 << 20
 # Pieces a process may have filled that nobody took yet: it reads on while an encoder looks at a batch.
 PIECES = 4
+MOST = 1024             # tiles of a piece: a message must fit into a pipe, or a reader that hangs within it holds us
 PATIENCE = 10.0         # seconds that a process has to end, once it has said all, and once it was killed
 
 
@@ -81,7 +82,7 @@ class _Running:
 def read(found: list[Source], settings: Settings) -> Generator[Tiles | Ended, None, None]:
     """The tiles of all slides as they come, of several slides at a time; of each, in their order."""
     context, size = cut.processes(), settings.size
-    count = max(1, PIECE // (size * size * 3))
+    count = min(max(1, PIECE // (size * size * 3)), MOST)
     waiting = deque((number, 1) for number in range(len(found)))
     running: list[_Running] = []
     # Made as it is needed: zeroed, and so its pages are there, or it is refused, before anything is read.
