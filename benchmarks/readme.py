@@ -363,6 +363,27 @@ def extract() -> str:
             f"`benchmarks/results/{found['plot']}`.")
 
 
+def embed() -> str:
+    """The table of slides to vectors: the newest result file."""
+    found = _newest("embed_")
+    if not found:
+        return "Not measured yet."
+    lines = ["| slides | tiles/s | slides/hour | reading alone | encoder alone | of the best | of the best, by CPU | "
+             "own JPEGs against read_region |", "|---|---|---|---|---|---|---|---|"]
+    for name, row in found["sets"].items():
+        lines.append(f"| {name} | {row['embed']:.1f} | {row['slides_an_hour']:,.0f} | {row['read']:.1f} | "
+                     f"{row['encoder']:.1f} | {row['of_best']:.2f} | {row['of_best_cpu']:.2f} | "
+                     f"{row['one_core']['ratio']:.1f} |")
+    return "\n".join(lines) + (
+        f"\n\nFrom slides to vectors ({found['model']}, {found['size']} px, {found['device']}). Reading finds tissue, "
+        "judges and decodes tiles; the best is both one after the other on the same cores, by the clock and by the "
+        "CPU-seconds of all processes (which tell more beside other jobs; loading the encoder is in them). Real: one "
+        "small slide of Aperio under several names. On one core a slide's own JPEG tiles are decoded so many times as "
+        f"fast as OpenSlide's `read_region` shows them. {found['cpu']}, {found['cpus']} cores, other jobs beside it "
+        f"(load {found['load_before'][0]:.1f}), {found['rounds']} interleaved rounds, {found['date']}. Plot: "
+        f"`benchmarks/results/{found['plot']}`.")
+
+
 def valued() -> dict[str, dict]:
     """Of each method the newest result of what its encoder is worth."""
     results = [_read(path) for path in sorted(_files("worth_"), key=lambda path: path.stem.rpartition("_")[2])]
@@ -384,7 +405,7 @@ def _read(path: Path) -> dict:
 
 PAGES = {"README.md": {"demo": demo, "learn": learn, "worth": worth, "tree": tree},
          "docs/measured.md": {"data": data, "stream": stream, "train": train, "start": start, "features": extract,
-                              "safety": safety, "kills": kills, "shard": shard}}
+                              "embed": embed, "safety": safety, "kills": kills, "shard": shard}}
 
 
 def main() -> int:

@@ -42,12 +42,12 @@ def write_bag(path: Path, features_ND: np.ndarray, coords_N2: np.ndarray, facts:
     """A slide's vectors and where its tiles lie, whole under its name; `wide`: a tile, in pixels of level 0."""
     buffer = io.BytesIO()
     with h5py.File(buffer, "w") as file:
-        file.create_dataset("features", data=features_ND.astype(np.float32))
-        coords = file.create_dataset("coords", data=coords_N2.astype(np.int64))
+        file.create_dataset("features", data=features_ND.astype(np.float32, copy=False))
+        coords = file.create_dataset("coords", data=coords_N2.astype(np.int64, copy=False))
         if wide:
             coords.attrs[WIDE] = wide
         file.attrs.update(facts)
-    folder.write(path, buffer.getvalue())
+    folder.write(path, buffer.getbuffer())        # a gigabyte of a large slide: not once more
 
 
 def bag_facts(path: Path) -> tuple[tuple[int, int], dict[str, Any]]:

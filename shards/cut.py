@@ -135,16 +135,16 @@ def _ended(running: dict[int, Running], settings: Settings, work: Path) -> Itera
         del running[unit]
         error: Exception | None = None
         if not spool.done(work, unit):
-            error = _said(each.says)
+            error = said(each.says)
             if error is None and late:
                 error = ShardError(f"not done after {settings.unit_seconds:g} s: it was stopped; look at it, or "
                                    "give it longer with unit_seconds=")
-            error = error or _crash(each.process)
+            error = error or crash(each.process)
         each.says.close()
         yield unit, error
 
 
-def _said(says: Connection) -> Exception | None:
+def said(says: Connection) -> Exception | None:
     """The last word of a process, if it had one."""
     with contextlib.suppress(EOFError, OSError):        # it died before, or while it spoke
         if says.poll():
@@ -152,7 +152,8 @@ def _said(says: Connection) -> Exception | None:
     return None
 
 
-def _crash(process: ForkServerProcess) -> Exception:
+def crash(process: ForkServerProcess) -> Exception:
+    """Why a process ended that said nothing; raises where its slide is not to blame."""
     code = process.exitcode or 0
     if code == 255:         # what multiprocessing says where it cannot know
         raise ShardError("the process that starts the others has ended, killed from outside or for want of memory; "
@@ -186,7 +187,7 @@ def refused(found: list[Source], settings: Settings, progress: Progress) -> Iter
     """Why slides would fail that can be opened in a moment to find out: a line each."""
     for number, source in enumerate(found if settings.kind == "slides" else (), start=1):
         try:
-            with _opened(source, settings):
+            with opened(source, settings):
                 if settings.labels == "annotations" or settings.inside:
                     annotation.find(source.path, settings.annotations)
         except (SlideError, ShardError) as error:
@@ -208,15 +209,16 @@ def end_with_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _work(unit: list[Source], number: int, settings: Settings, work: Path, skip: dict[int, str],
-          says: Connection) -> None:
+@contextlib.contextmanager
+def answering(settings: Settings, says: Connection) -> Iterator[None]:
+    """Sets the limits of a process, and turns what goes wrong in it below into its last word."""
     end_with_parent()
     warnings.filterwarnings("ignore", module="PIL")     # what is odd about a picture is in its line, with its name
     try:
         limit, hard = int(settings.unit_memory_gb * GIGA), resource.getrlimit(resource.RLIMIT_DATA)[1]
         limit = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
         resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))        # memory of our own, not files that are mapped
-        cut(unit, number, settings, work, skip)
+        yield
     except MemoryError:
         says.send(ShardError(f"took more than unit_memory_gb={settings.unit_memory_gb:g} of memory; give it more, or "
                              "look at it"))
@@ -224,6 +226,12 @@ def _work(unit: list[Source], number: int, settings: Settings, work: Path, skip:
         says.send(error)
     except Exception as error:
         says.send(ShardError(str(error) if hasattr(error, "exit_code") else f"{type(error).__name__}: {error}"))
+
+
+def _work(unit: list[Source], number: int, settings: Settings, work: Path, skip: dict[int, str],
+          says: Connection) -> None:
+    with answering(settings, says):
+        cut(unit, number, settings, work, skip)
 
 
 def cut(unit: list[Source], number: int, settings: Settings, work: Path, skip: dict[int, str]) -> None:
@@ -309,13 +317,10 @@ def _slide(source: Source, writer: spool.Writer, settings: Settings) -> float:
     out = spool.path(writer.work, writer.number, "png")
     kept: list[tuple[int, int, float]] = []
     rejected: list[tuple[int, int, float, str]] = []
-    with _opened(source, settings) as slide:
+    with opened(source, settings) as slide:
         small = slide.thumbnail(tissue.MASK_MPP)
         found = tissue.mask(small)
-        drawn = None
-        if settings.labels == "annotations" or settings.inside:
-            drawn = annotation.Annotation.read(annotation.find(source.path, settings.annotations),
-                                               (slide.width, slide.height), slide.mpp)
+        drawn = annotated(source, slide, settings)
         for item in tiles.of_slide(source, slide, found, settings, drawn):
             _take(item, writer, settings)
             if isinstance(item, Tile):
@@ -333,7 +338,16 @@ def _slide(source: Source, writer: spool.Writer, settings: Settings) -> float:
         return slide.mpp
 
 
-def _opened(source: Source, settings: Settings) -> Slide | Picture:
+def annotated(source: Source, slide: Slide | Picture, settings: Settings) -> annotation.Annotation | None:
+    """What a pathologist drew on a slide, where that is asked for."""
+    if settings.labels != "annotations" and not settings.inside:
+        return None
+    return annotation.Annotation.read(annotation.find(source.path, settings.annotations), (slide.width, slide.height),
+                                      slide.mpp)
+
+
+def opened(source: Source, settings: Settings) -> Slide | Picture:
+    """A slide, or an image that is cut like one."""
     if settings.kind == "regions":
         return tiles.picture(source, settings)
     return Slide(source.path, source.mpp, settings.slide_mpp, power=settings.power)

@@ -82,7 +82,7 @@ def hold(folder: Path, lock: str, *, shared: bool = False, wait: bool = False) -
         yield
 
 
-def write(path: Path, content: bytes | str) -> None:
+def write(path: Path, content: bytes | memoryview | str) -> None:
     """The file whole under its name, or not there at all, even after a power cut."""
     data = content.encode() if isinstance(content, str) else content
     draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")

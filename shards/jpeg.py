@@ -37,6 +37,17 @@ def decode(content: bytes | np.ndarray, factor: int = 1) -> np.ndarray:
         raise JpegError(str(error)) from None
 
 
+def decode_into(content: bytes, pixels_HW3: np.ndarray) -> None:
+    """The picture, RGB, into an array of its size that is there already: no copy of it is made."""
+    try:
+        height, width = simplejpeg.decode_jpeg_header(content)[:2]
+        if pixels_HW3.shape != (height, width, 3) or not pixels_HW3.flags.c_contiguous:
+            raise ValueError(f"{width} x {height} pixels where {pixels_HW3.shape[1]} x {pixels_HW3.shape[0]} belong")
+        simplejpeg.decode_jpeg(content, "RGB", fastdct=False, buffer=pixels_HW3)
+    except ValueError as error:
+        raise JpegError(str(error)) from None
+
+
 def header(content: bytes) -> tuple[int, int, str]:
     """Width, height and colour space as the file says them."""
     try:

@@ -81,9 +81,29 @@ class Cut(NamedTuple):
         return Rejected(self.source, reason, detail, x, y, self.mpp, self.side)
 
 
+class Seen(NamedTuple):
+    """One accepted tile as it was read: a slide's own JPEG where that is what is asked for, else pixels."""
+
+    x: int
+    y: int
+    content: bytes | np.ndarray
+    looks: tuple[float, float, float]
+
+
 def of_slide(source: Source, slide: Slide | Picture, found: np.ndarray, settings: Settings,
              drawn: Annotation | None) -> Iterator[Tile | Rejected]:
     """Every tile of a grid over one slide's tissue at every resolution asked for, accepted or with a reason."""
+    for cut in cuts(source, slide, settings, drawn):
+        if isinstance(cut, Rejected):
+            yield cut
+            continue
+        for item in seen(cut, found):
+            yield item if isinstance(item, Rejected) else _made(cut, item)
+
+
+def cuts(source: Source, slide: Slide | Picture, settings: Settings, drawn: Annotation | None
+         ) -> Iterator[Cut | Rejected]:
+    """What is to be cut from a slide, a resolution after the other; or why one has no tile there."""
     for mpp in settings.mpp or [slide.mpp]:
         if mpp < 0.95 * slide.mpp:
             yield Rejected(source, "coarse", f"{slide.mpp:g} microns per pixel hold no tile of {mpp:g}", mpp=mpp)
@@ -99,10 +119,11 @@ def of_slide(source: Source, slide: Slide | Picture, found: np.ndarray, settings
             # What the scanner calls 0.5 may be 0.499: its own grid and its own resolution are taken.
             own = slide.level(mpp)[1]
             cut = cut._replace(native=native, mpp=slide.mpp * own, side=settings.size * own)
-        yield from _tiles(cut, found)
+        yield cut
 
 
-def _tiles(cut: Cut, found: np.ndarray) -> Iterator[Tile | Rejected]:
+def seen(cut: Cut, found: np.ndarray) -> Iterator[Seen | Rejected]:
+    """Every tile of the grid over the tissue, read and looked at: accepted, or with a reason."""
     settings, slide = cut.settings, cut.slide
     grid, fractions = tissue.corners(found, (slide.width, slide.height), cut.side)
     wanted = fractions >= settings.min_tissue
@@ -121,14 +142,14 @@ def _tiles(cut: Cut, found: np.ndarray) -> Iterator[Tile | Rejected]:
     step, accepted = max(1, BATCH // settings.size ** 2), 0
     for first in range(0, len(corners), step):
         for item in _judged(cut, corners[first:first + step]):
-            accepted += isinstance(item, Tile)
+            accepted += isinstance(item, Seen)
             yield item
             if accepted == settings.max_tiles:
                 return
 
 
-def _judged(cut: Cut, corners: list[tuple[int, int]]) -> Iterator[Tile | Rejected]:
-    """Some tiles read, looked at together, and encoded where they need to be."""
+def _judged(cut: Cut, corners: list[tuple[int, int]]) -> Iterator[Seen | Rejected]:
+    """Some tiles read, and looked at together."""
     settings = cut.settings
     size = (settings.size, settings.size)
     limits = judge.Limits(settings.min_contrast, settings.min_focus, settings.max_pen, settings.max_blood)
@@ -154,12 +175,17 @@ def _judged(cut: Cut, corners: list[tuple[int, int]]) -> Iterator[Tile | Rejecte
         if reason := looks.reason(number, limits):
             yield cut.rejected(reason, x, y)
             continue
-        label = cut.source.label
-        if settings.labels == "annotations" and cut.drawn is not None:
-            label = cut.drawn.of(x, y, cut.side, settings.min_label)
-        image, encoding, digest = _encoded(content, settings)
-        yield Tile(cut.key(x, y), cut.source, x, y, cut.mpp, size, label, image, encoding, digest, kept[number],
-                   cut.side)
+        yield Seen(x, y, content, kept[number])
+
+
+def _made(cut: Cut, tile: Seen) -> Tile:
+    """A tile with its label, encoded where it needs to be."""
+    settings, label = cut.settings, cut.source.label
+    if settings.labels == "annotations" and cut.drawn is not None:
+        label = cut.drawn.of(tile.x, tile.y, cut.side, settings.min_label)
+    image, encoding, digest = _encoded(tile.content, settings)
+    return Tile(cut.key(tile.x, tile.y), cut.source, tile.x, tile.y, cut.mpp, (settings.size, settings.size), label,
+                image, encoding, digest, tile.looks, cut.side)
 
 
 def order(settings: Settings, name: str) -> int:

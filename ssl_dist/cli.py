@@ -6,6 +6,7 @@ import importlib
 import json
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -75,20 +76,20 @@ def say(*lines: str) -> None:
 
 
 @contextlib.contextmanager
-def bars() -> Iterator[Callable[[str, int, int], None]]:
-    """One progress bar a piece of work, drawn on a terminal and left out of a file."""
+def bars() -> Iterator[Callable[..., None]]:
+    """One progress bar a piece of work, drawn on a terminal and left out of a file; beside it its pace, if told."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     console = Console(file=sys.stderr)
     with Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
-                  console=console, disable=not console.is_terminal) as progress:
+                  TextColumn("{task.fields[pace]}"), console=console, disable=not console.is_terminal) as progress:
         tasks: dict[str, Any] = {}
 
-        def show(what: str, done: int, total: int) -> None:
+        def show(what: str, done: int, total: int, pace: str = "") -> None:
             if what not in tasks:
-                tasks[what] = progress.add_task(what, total=total)
-            progress.update(tasks[what], completed=done, total=total)
+                tasks[what] = progress.add_task(what, total=total, pace="")
+            progress.update(tasks[what], completed=done, total=total, pace=pace)
 
         yield show
 
@@ -615,6 +616,41 @@ def evaluate(config: Config, overrides: Overrides = None, print_config: PrintCon
         result = shared.repeated(lambda one: protocol.run(one, device, threads, progress), settings)
     say(*summary.lines(result))
     return None
+
+
+@app.command()
+@verb
+def embed(config: Config, overrides: Overrides = None, print_config: PrintConfig = False, dry_run: DryRun = False,
+          debug: Debug = False) -> int:         # noqa: ARG001
+    """Vectors of whole slides, a file a slide: each is read once, without shards between; done ones are skipped."""
+    from ssl_dist import config as configs
+    from ssl_dist import schema
+    from ssl_dist.slides import Slides
+
+    settings = schema.load(Slides, configs.recipe(config), overrides or [])
+    if print_config:
+        say(schema.dump(settings).rstrip())
+        return 0
+    from ssl_dist import dist
+    from ssl_dist import embed as embeds
+
+    with bars() as progress:
+        if dry_run:
+            told, failed = embeds.rehearse(settings, progress)
+        else:
+            done = embeds.run(settings, dist.device(settings.device), settings.threads or dist.cores(),
+                              functools.partial(_paced, progress, [time.monotonic()]))
+            told, failed = embeds.lines(done, settings), len(done.failed)
+    say(*told)
+    return 3 if failed > settings.max_failed else 0
+
+
+def _paced(progress: Callable[..., None], last: list[float], what: str, done: int, total: int, pace: str) -> None:
+    """A bar on a terminal, and a line a minute in a file: a night's job is looked at in its log."""
+    progress(what, done, total, pace)
+    if not sys.stderr.isatty() and time.monotonic() - last[0] > 60:
+        last[0] = time.monotonic()
+        say(f"{done} of {total} {what}, {pace}")
 
 
 @app.command()

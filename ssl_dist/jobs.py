@@ -25,8 +25,9 @@ from launch.job import Cluster, Local
 from shards import folder
 from ssl_dist import config, lock, schema
 from ssl_dist.config import ConfigError
+from ssl_dist.slides import Slides
 
-VERBS = ("train", "shard", "eval", "bench")
+VERBS = ("train", "embed", "shard", "eval", "bench")
 EXAMPLE = "ssl-dist launch local ranks=2 -- train CONFIG key=value …"
 SWITCHES = ("print", "unchecked", "debug")
 ALLOW = "--allow-change="
@@ -83,7 +84,7 @@ def parse(where: str, arguments: list[str]) -> Asked:
         place = words.index("--allow-change")
         words[place:place + 2] = ["=".join(words[place:place + 2])]
     if strange := [word for word in words if word.startswith("-") and word != "--debug" and not word.startswith(ALLOW)
-                   and verb in ("train", "shard", "eval")]:
+                   and verb in ("train", "embed", "shard", "eval")]:
         raise ConfigError([f"{strange[0]} is no option that a launch hands on to {verb}: --debug and --allow-change "
                            "are; --print-config and --dry-run go without a launch"])
     return Asked(where, job, recipe, verb, words, switches, sizes or [job.nodes] if where == "slurm" else [])
@@ -168,7 +169,7 @@ class LaunchFailed(RuntimeError):
 
 def _submit(asked: Asked, say: Say, check: Check) -> int:
     """On a cluster."""
-    works = {"train": _trains, "shard": _shards, "eval": _evals, "bench": _scales}[asked.verb](asked)
+    works = {"train": _trains, "embed": _embeds, "shard": _shards, "eval": _evals, "bench": _scales}[asked.verb](asked)
     if "unchecked" not in asked.switches:
         if broken := list(dict.fromkeys(words for work in works for words in slurm.refused(asked.job, work))):
             raise ConfigError(broken)
@@ -278,6 +279,14 @@ def _shards(asked: Asked) -> list[slurm.Work]:
     parts = [[*command, f"part={number + 1}/{job.parts}"] for number in range(job.parts)]
     cut = slurm.Work(out.name, home, parts if job.parts > 1 else [command])
     return [cut] if job.parts == 1 else [cut, slurm.Work(f"{out.name}-publish", home, [command], after=[out.name])]
+
+
+def _embeds(asked: Asked) -> list[slurm.Work]:
+    """A task a part, each with GPUs of its own; whoever ends last lists what all have done."""
+    out = schema.load(Slides, config.recipe(asked.words[0]), asked.overrides).out
+    command, parts = ["embed", *asked.words], asked.job.parts
+    commands = [[*command, f"part={number + 1}/{parts}"] for number in range(parts)] if parts > 1 else [command]
+    return [slurm.Work(out.name, out.parent / f"{out.name}.launch", commands, gpus=asked.job.gpus)]
 
 
 def _evals(asked: Asked) -> list[slurm.Work]:

@@ -54,7 +54,7 @@ def read(schema: type, file: Path | None, overrides: list[str]) -> tuple[dict[st
             continue
         try:
             text = word.partition("=")[2]
-            if _is_text(schema, name) and text not in ("null", MISSING):
+            if _is_text(schema, name, text) and text not in ("null", MISSING):
                 given = _nested(name, _unquoted(text))      # as typed: YAML would see a comment in "a #2"
             else:
                 given = typing.cast(dict, OmegaConf.to_container(OmegaConf.from_dotlist([word])))
@@ -131,12 +131,15 @@ def _merge(base: dict[str, Any], over: Any) -> dict[str, Any]:
     return merged
 
 
-def _is_text(schema: type, name: str) -> bool:
-    """Whether a dotted key names a path or a word."""
+def _is_text(schema: type, name: str, text: str) -> bool:
+    """Whether a dotted key names a path or a word, or several words of which one stands there, in no brackets."""
     hint: Any = schema
     for part in name.split("."):
         hints = typing.get_type_hints(hint) if dataclasses.is_dataclass(hint) else {}
+        fields = {field.name: field for field in dataclasses.fields(hint)} if hints else {}
         hint = hints.get(part)
+    if hint == list[str] and fields[part].metadata.get("one"):
+        return not (text.startswith("[") and text.endswith("]"))
     return hint in (str, Path) or (typing.get_origin(hint) in (types.UnionType, typing.Union)
                                    and bool({str, Path} & set(typing.get_args(hint))))
 
@@ -209,7 +212,7 @@ class _Reader:
             if name in values and values[name] != MISSING:
                 before = len(self.problems)
                 given = values[name]
-                if field.metadata.get("one") and isinstance(given, int | float):
+                if field.metadata.get("one") and isinstance(given, str if hints[name] == list[str] else int | float):
                     given = [given]         # one value stands for a list of one
                 if "expand" in field.metadata:
                     try:

@@ -30,7 +30,9 @@ MAY_IMPORT = {
     "ssl_dist.watch": ["ssl_dist.points", "ssl_dist.lock", "shards.folder", "launch.account"],
     "ssl_dist.status": [],
     "ssl_dist.jobs": ["launch", "ssl_dist.config", "ssl_dist.schema", "ssl_dist.lock", "shards.folder",
-                      "shards.catalogue", "shards.settings"],
+                      "shards.catalogue", "shards.settings", "ssl_dist.slides"],
+    "ssl_dist.slides": ["ssl_dist.models", "shards.settings"],
+    "ssl_dist.embed": ["ssl_dist.slides", "ssl_dist.data.opencv", "ssl_dist.eval", "ssl_dist.models", "shards"],
     "ssl_dist.scaling": ["shards.folder"],
     "ssl_dist.lock": ["shards.folder"],
     "ssl_dist.schedule": [],
@@ -73,7 +75,7 @@ DOORS = {
     "fsspec": "ssl_dist/data/stage.py",
 }
 NEVER_TORCH = ("shards", "launch", "ssl_dist/report", "ssl_dist/schema.py", "ssl_dist/config.py", "ssl_dist/cli.py",
-               "ssl_dist/eval/settings.py")
+               "ssl_dist/eval/settings.py", "ssl_dist/slides.py")
 
 
 def module(path: Path) -> str:
@@ -193,12 +195,16 @@ def test_every_file_of_the_tree_says_what_it_is() -> None:
 def test_every_recipe_parses_and_begins_with_what_it_is(path: Path, tmp_path: Path) -> None:
     from launch.job import Cluster
     from shards import catalogue, write
-    from ssl_dist import config, schema
+    from ssl_dist import config, schema, slides
     from ssl_dist.eval.settings import PROTOCOLS
 
     assert path.read_text().startswith("# ")
     if catalogue.holds(path) == "record":
         assert catalogue.read(path).name == path.stem       # all else: test_shards_catalogue.py
+        return
+    if path.stem == "embed" and path.parent.name == "configs":
+        told = schema.load(slides.Slides, path, [f"encoder={tmp_path}"])
+        assert told.reading().mpp == [told.mpp]
         return
     if catalogue.holds(path) == "many":
         assert schema.load(catalogue.Many, path, [f"root={tmp_path}"])

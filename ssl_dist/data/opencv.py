@@ -140,15 +140,19 @@ def views(picture: Callable[[int], np.ndarray], numbers: list[Numbers], sizes: l
     return out
 
 
-def resized(picture: Callable[[int], np.ndarray], count: int, size: int, pool: ThreadPoolExecutor) -> np.ndarray:
-    """`count` tiles whole at `size` x `size`, uint8 (N, size, size, 3): what evaluation sees."""
-    out_NSS3 = np.empty((count, size, size, 3), dtype=np.uint8)
+def resized(picture: Callable[[int], np.ndarray], count: int, size: int, pool: ThreadPoolExecutor,
+            out: np.ndarray | None = None) -> np.ndarray:
+    """`count` tiles whole at `size` x `size`, uint8 (N, size, size, 3): what evaluation sees. `out`: where to."""
+    out_NSS3 = np.empty((count, size, size, 3), dtype=np.uint8) if out is None else out
 
     def one(row: int) -> None:
         image = picture(row)
+        if image.shape[:2] == (size, size):
+            out_NSS3[row] = image
+            return
         shrinks = max(image.shape[:2]) > size
-        out_NSS3[row] = cv2.resize(image, (size, size),
-                                   interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
+        cv2.resize(image, (size, size), dst=out_NSS3[row],
+                   interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
 
     spread(pool, one, range(count))
     return out_NSS3

@@ -36,7 +36,7 @@ def run(settings: Embed, device: torch.device, threads: int, progress: Progress)
         out = folder.make(settings.home)
         table = {name: split.reader.column(name, split.rows) for name in COLUMNS}
         if "parquet" in settings.write:
-            _parquet(vectors_SD, table, source, out / "embeddings.parquet")
+            write_table(out / "embeddings.parquet", vectors_SD, table, source.architecture, source.digest)
         slides = _bags(vectors_SD, table, source, folder.make(out / "h5")) \
             if "h5" in settings.write else len(set(table["slide"]))
     result = {
@@ -49,11 +49,11 @@ def run(settings: Embed, device: torch.device, threads: int, progress: Progress)
     return result
 
 
-def _parquet(vectors_SD: np.ndarray, table: dict[str, list], source: Source, path: Path) -> None:
+def write_table(path: Path, vectors_SD: np.ndarray, table: dict[str, list], architecture: str, sha256: str) -> None:
     """One row a tile, its vector a list of fixed length."""
     flat = pa.array(vectors_SD.ravel().astype(np.float32))
     columns = pa.table({**table, "features": pa.FixedSizeListArray.from_arrays(flat, vectors_SD.shape[1])})
-    columns = columns.replace_schema_metadata({"encoder": source.architecture, "sha256": source.digest})
+    columns = columns.replace_schema_metadata({"encoder": architecture, "sha256": sha256})
     buffer = io.BytesIO()
     pq.write_table(columns, buffer)
     folder.write(path, buffer.getvalue())

@@ -9,11 +9,11 @@ import csv
 import hashlib
 import re
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -27,6 +27,7 @@ from ssl_dist.data.reader import Reader
 from ssl_dist.models.encoder import Encoder
 
 NAMED = "key", "slide", "patient"       # by which a table may name tiles
+Of = TypeVar("Of")
 TRIES = 50      # drawings of what is held out
 
 
@@ -205,32 +206,35 @@ def every(shards: list[Path], split: str = "", valid: str = "") -> Split:
 def extract(encoder: Encoder, split: Split, *, size: int, batch: int, threads: int, device: torch.device,
             progress: Callable[[int, int], None], precision: str = "fp32") -> Tensor:
     """Features (S, D) of every tile of the split, in its order, on the CPU; of GPUs all that there are take turns."""
+    features: list[Tensor] = []
+    done = 0
+    shown = tiles(split, np.arange(len(split.rows)), size=size, batch=batch, threads=threads)
+    for _, vectors in look(encoder, shown, device, precision):
+        features.append(vectors)
+        done += len(vectors)
+        progress(done, len(split.rows))
+    return torch.cat(features)
+
+
+def look(encoder: Encoder, batches: Iterable[tuple[Of, Tensor]], device: torch.device, precision: str = "fp32",
+         ) -> Iterator[tuple[Of, Tensor]]:
+    """The vectors (B, D) of every batch of pixels, in their order, on the CPU; of GPUs all there are take turns."""
     places = spread(device)
     networks = [(encoder if number == 0 else copy.deepcopy(encoder)).eval().to(place)
                 for number, place in enumerate(places)]
     # While GPUs look at some tiles the next are decoded; of a CPU both are the same cores' work.
     ahead = 2 * len(places) if device.type == "cuda" else len(places) - 1
-    features: list[Tensor] = []
-    waiting: deque[Future[Tensor]] = deque()
-    done = 0
-
-    def take() -> None:
-        nonlocal done
-        features.append(waiting.popleft().result())
-        done += len(features[-1])
-        progress(done, len(split.rows))
-
+    waiting: deque[tuple[Of, Future[Tensor]]] = deque()
     with contextlib.ExitStack() as stack:
         workers = [stack.enter_context(ThreadPoolExecutor(1)) for _ in places]
-        for number, (_, pixels) in enumerate(tiles(split, np.arange(len(split.rows)), size=size, batch=batch,
-                                                   threads=threads)):
+        for number, (whose, pixels) in enumerate(batches):
             turn = number % len(places)
-            waiting.append(workers[turn].submit(_looked_at, networks[turn], pixels, places[turn], precision))
+            waiting.append((whose, workers[turn].submit(_looked_at, networks[turn], pixels, places[turn], precision)))
             if len(waiting) > ahead:
-                take()
-        while waiting:
-            take()
-    return torch.cat(features)
+                whose, found = waiting.popleft()
+                yield whose, found.result()
+        for whose, found in waiting:
+            yield whose, found.result()
 
 
 def spread(device: torch.device) -> list[torch.device]:
