@@ -595,7 +595,7 @@ def evaluate(config: Config, overrides: Overrides = None, print_config: PrintCon
     from ssl_dist import config as configs
     from ssl_dist import schema
 
-    settings = configs.load_eval(config, overrides or [])
+    settings: Any = configs.load_eval(config, overrides or [])
     if print_config:
         return say(schema.dump(settings).rstrip())
     from ssl_dist import dist
