@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ssl_dist import points, schedule, schema
-from ssl_dist.eval.settings import PROTOCOLS, Eval, Judged, Knn
+from ssl_dist.eval.settings import PROTOCOLS, Judged, Knn, Protocol
 from ssl_dist.schema import ConfigError
 
 LR_TILES = 256          # what learning rates that scale are written for, as most papers do
@@ -243,9 +243,9 @@ def _read(kind: type, file: Path, overrides: list[str]) -> tuple[dict[str, Any],
     return values, places
 
 
-def load_eval(name: str, overrides: list[str]) -> Eval:
+def load_eval(name: str, overrides: list[str]) -> Protocol:
     """What one protocol is told. Where another protocol is typed than the recipe's, the recipe says which encoder and
-    which tiles, and no more."""
+    which tiles, and no more; to one that looks at slides and not at tiles, nothing."""
     file = recipe(name)
     values, places = schema.read(Judged, file, overrides)
     protocol = values.get("protocol", Knn.protocol)
@@ -257,9 +257,12 @@ def load_eval(name: str, overrides: list[str]) -> Eval:
     kind = PROTOCOLS[protocol]
     values, places = schema.read(kind, file, overrides)
     if places.get("protocol") == schema.COMMAND_LINE and schema.read(kind, file, [])[0].get("protocol") != protocol:
-        tiles = {each.name for each in fields(typing.get_type_hints(kind)["data"])}
+        data_kind = typing.get_type_hints(kind).get("data")
+        tiles = {each.name for each in fields(data_kind)} if data_kind else set()
         typed = {name for name, place in places.items() if place == schema.COMMAND_LINE}
-        values = {key: value for key, value in values.items() if key in ("encoder", "data") or key in typed}
+        kept = ("encoder", "data") if data_kind else ()
+        values = {key: value for key, value in values.items() if key in kept
+                  or key in {name.partition(".")[0] for name in typed}}
         if isinstance(data := values.get("data"), dict):
             values["data"] = {key: value for key, value in data.items() if key in tiles or f"data.{key}" in typed}
     return schema.build(kind, {**values, "protocol": protocol}, places, where=str(file))

@@ -21,7 +21,7 @@ from shards.index import ShardError
 from ssl_dist.eval import features, intervals, leakage, metrics
 from ssl_dist.eval.cache import Cache
 from ssl_dist.eval.features import Split
-from ssl_dist.eval.settings import Eval, Judged
+from ssl_dist.eval.settings import Eval, Judged, Protocol
 from ssl_dist.models import encoder as encoders
 
 UNKNOWN = ""            # the patient of a tile whose source does not say
@@ -103,7 +103,7 @@ def run(settings: Judged, judge: Judge, device: torch.device, threads: int, prog
     return compare(settings, judged, allow, draw)
 
 
-def repeated(once: Callable[[Any], dict[str, Any]], settings: Eval) -> dict[str, Any]:
+def repeated(once: Callable[[Any], dict[str, Any]], settings: Protocol) -> dict[str, Any]:
     """The result of the first seed, and beside it the figures of every: what is drawn (held out, untrained) varies,
     and the encoder does not."""
     # The first at last: pictures that are left are of it.
@@ -111,7 +111,7 @@ def repeated(once: Callable[[Any], dict[str, Any]], settings: Eval) -> dict[str,
     results = [once(replace(settings, seed=settings.seed + number)) for number in reversed(range(seeds))][::-1]
     first = results[0]
     if seeds > 1:
-        first["seeds"] = {what: {name: _summed([figures[name] for figures in found if name in figures])
+        first["seeds"] = {what: {name: _summed([each[name] for each in found if name in each])
                                  for name in found[0] if name in first["metrics"]}
                           for what, found in {"encoder": [each["metrics"] for each in results], **{
                               what: [each["baselines"][what] for each in results] for what in first["baselines"]}
@@ -143,9 +143,9 @@ def compare(settings: Judged, judged: Callable[[Source, Split, Split], Verdict],
         result = {
             "protocol": settings.protocol, "size": sources[0].size, **own.facts,
             "encoder": sources[0].told(settings), "shards": bank.told(settings.data.shards),
-            "metrics": _figures(measures["encoder"]),
+            "metrics": figures(measures["encoder"]),
             "intervals": intervals.intervals(measures["encoder"], drawn),
-            "baselines": {what: {**_figures(measures[what]), **verdict.facts} for what, verdict in verdicts.items()},
+            "baselines": {what: {**figures(measures[what]), **verdict.facts} for what, verdict in verdicts.items()},
             "against": {what: intervals.compared(measures["encoder"], measures[what], drawn) for what in verdicts},
             "counts": {"bank": len(bank.taught), "queries": len(query.rows),
                        **({} if bank.valid_S is None else {"valid": int(bank.valid_S.sum())}),
@@ -160,12 +160,12 @@ def compare(settings: Judged, judged: Callable[[Source, Split, Split], Verdict],
                       **({"valid": data.valid} if data.valid else {})},
             "seed": settings.seed,
         }
-    result["written"] = str(_place(out, settings.protocol, result))
+    result["written"] = str(place(out, settings.protocol, result))
     folder.write_json(Path(result["written"]), result)
     return result
 
 
-def _place(out: Path, protocol: str, result: dict[str, Any]) -> Path:
+def place(out: Path, protocol: str, result: dict[str, Any]) -> Path:
     """The file of a result; of other tiles than those that one there is of, another."""
     def tiles(told: dict[str, Any]) -> Any:
         return [each["fingerprint"] for each in told["shards"]], told.get("asked")
@@ -221,7 +221,8 @@ def _measure(query: Split, settings: Judged, scores_QC: np.ndarray) -> metrics.M
         metrics.regression(truth_QC[:, 0].astype(np.float64), scores_QC[:, 0].astype(np.float64))
 
 
-def _figures(measure: metrics.Measure) -> dict[str, float]:
+def figures(measure: metrics.Measure) -> dict[str, float]:
+    """Those that are numbers, for a result."""
     return {name: round(value, 4) for name, value in measure(None).items() if np.isfinite(value)}
 
 

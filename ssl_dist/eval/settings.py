@@ -3,10 +3,12 @@
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from ssl_dist.models import ELSEWHERE
 
 BASELINES = "random", "colours"
+MODELS = "mean", "weldon", "chowder", "deepmil", "clam", "transmil"      # of slides: ssl_dist/models/mil.py
 
 
 @dataclass(kw_only=True)
@@ -59,17 +61,11 @@ class Labelled:
 
 
 @dataclass(kw_only=True)
-class Eval:
+class Protocol:
     """`ssl-dist eval`: what every protocol is told."""
 
-    encoder: str = field(metadata={"help": "an encoder folder, or timm:NAME or hf-hub:OWNER/NAME"})
     protocol: str
-    out: Path | None = field(default=None, metadata={"help": "folder of results; null: eval/ beside the encoder"})
-    cache: bool = field(default=True, metadata={"help": "keep features in OUT/features, and compute them once"})
-    precision: str = field(default="fp32", metadata={"choices": ("fp32", "bf16"), "help": "of the encoder"})
-    size: int | None = field(default=None, metadata={"range": (16, 4096), "help": "pixels a tile is resized to; null: "
-                                                     "as wide as what the encoder was trained on"})
-    batch: int = field(default=256, metadata={"range": (1, 10**6), "help": "tiles looked at together"})
+    out: Path | None = field(default=None, metadata={"help": "folder of results; null: beside the encoder or the bags"})
     threads: int = field(default=0, metadata={"range": (0, 1024), "help": "0: all cores"})
     device: str = field(default="auto", metadata={"choices": ("auto", "cpu", "cuda"), "help": "cuda: every GPU there is"
                                                   })
@@ -78,8 +74,29 @@ class Eval:
 
     def rules(self) -> list[str]:
         """What cannot be said of one value alone."""
+        return []
+
+    @property
+    def home(self) -> Path:
+        """Where results go."""
+        raise NotImplementedError
+
+
+@dataclass(kw_only=True)
+class Eval(Protocol):
+    """What looks at tiles with an encoder."""
+
+    encoder: str = field(metadata={"help": "an encoder folder, or timm:NAME or hf-hub:OWNER/NAME"})
+    cache: bool = field(default=True, metadata={"help": "keep features in OUT/features, and compute them once"})
+    precision: str = field(default="fp32", metadata={"choices": ("fp32", "bf16"), "help": "of the encoder"})
+    size: int | None = field(default=None, metadata={"range": (16, 4096), "help": "pixels a tile is resized to; null: "
+                                                     "as wide as what the encoder was trained on"})
+    batch: int = field(default=256, metadata={"range": (1, 10**6), "help": "tiles looked at together"})
+
+    def rules(self) -> list[str]:
+        """What cannot be said of one value alone."""
         if self.encoder.startswith(ELSEWHERE) or Path(self.encoder).exists():
-            return []
+            return super().rules()
         return [f"encoder={self.encoder!r} is no folder here (looked in {Path.cwd()}); a run writes RUN/encoder when "
                 "it ends, `ssl-dist export RUN` before; others are timm:NAME and hf-hub:OWNER/NAME"]
 
@@ -219,5 +236,50 @@ class Look(Eval):
     projector: bool = field(default=True, metadata={"help": "also for TensorBoard's projector, in OUT/projector"})
 
 
-PROTOCOLS: dict[str, type[Eval]] = {"knn": Knn, "linear": Linear, "sgd": Sgd, "low": Low, "finetune": Finetune,
-                                    "embed": Embed, "look": Look}
+@dataclass(kw_only=True)
+class Mil(Protocol):
+    """Slides, by the vectors of their tiles."""
+
+    protocol: str = "mil"
+    bags: Path = field(metadata={"exists": True, "help": "a folder of slides, an HDF5 file each, as eval/embed, CLAM "
+                                                         "and TRIDENT write them"})
+    labels: Path = field(metadata={"exists": True, "help": "a CSV table: a column slide or patient (or both), and "
+                                   "label, or time and event; perhaps split"})
+    kind: str = field(default="classes", metadata={"choices": ("classes", "survival"), "help": "classes: the column "
+                                                   "label; survival: time, and event (1: it came, 0: not so far)"})
+    model: str = field(default="deepmil", metadata={"choices": MODELS})
+    args: dict[str, Any] = field(default_factory=dict, metadata={"help": "what the model takes beside, in "
+                                                                         "ssl_dist/models/mil.py"})
+    baselines: list[str] = field(default_factory=lambda: ["mean", "linear"], metadata={
+        "choices": (*MODELS, "linear"), "help": "models judged on the same folds; linear: of the mean vector"})
+    split: str = field(default="", metadata={"help": "a word of the table's column split: these slides are guessed, "
+                                             "and all others learnt from; empty: cross-validation"})
+    folds: int = field(default=5, metadata={"range": (2, 100), "help": "parts of the patients, each guessed in turn"})
+    repeats: int = field(default=1, metadata={"range": (1, 100), "help": "times that patients are dealt out anew"})
+    inner: int = field(default=5, metadata={"range": (2, 100), "help": "parts of what is learnt from, by which rate, "
+                                            "decay and epoch are chosen"})
+    rates: list[float] = field(default_factory=lambda: [1e-3, 1e-4], metadata={"some": True, "help": "of Adam"})
+    decays: list[float] = field(default_factory=lambda: [0.0, 1e-4], metadata={"some": True, "range": (0, 10),
+                                                                               "help": "weight decays"})
+    epochs: int = field(default=50, metadata={"range": (1, 10**5), "help": "passes over the slides, at most"})
+    batch: int = field(default=16, metadata={"range": (1, 10**5), "help": "slides a step"})
+    max_tiles: int = field(default=1000, metadata={"range": (0, 10**7), "help": "tiles of a slide, drawn at every "
+                                                   "step; 0: all. Guesses see all"})
+    scale: bool = field(default=True, metadata={"help": "every number of a vector by its mean and deviation"})
+    maps: list[str] = field(default_factory=list, metadata={"help": "slides whose tiles are drawn, or all"})
+    encoder: Path | None = field(default=None, metadata={
+        "exists": True, "help": "folder of the encoder that made the vectors: tells whether it has seen the slides"})
+
+    def rules(self) -> list[str]:
+        """What cannot be said of one value alone."""
+        return [*super().rules(), *(f"rates has {each:g}; a learning rate is more than 0" for each in self.rates
+                                    if not each > 0)]
+
+    @property
+    def home(self) -> Path:
+        """Where results go: `out`, or beside the bags."""
+        return self.out or self.bags.parent
+
+
+PROTOCOLS: dict[str, type[Protocol]] = {"knn": Knn, "linear": Linear, "sgd": Sgd, "low": Low, "finetune": Finetune,
+                                        "embed": Embed, "look": Look, "mil": Mil}

@@ -40,6 +40,7 @@ PROTOCOLS = {
     "finetune": "fine-tuning of the whole encoder",
     "embed": "vectors for other programs, not judged",
     "look": "to be looked at, not judged",
+    "mil": "multiple-instance learning: slides, by the vectors of their tiles",
 }
 CAPTIONS = {
     "knn_neighbours.png": "Left, tiles that were asked about, with their class; right of each, the tiles of other "
