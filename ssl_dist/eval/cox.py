@@ -15,15 +15,13 @@ def loss(risk_S: Tensor, time_S: Tensor, event_S: Tensor) -> Tensor:
     time_E, risk_E = time_S[event_S], risk_S[event_S]
     if not len(time_E):
         return risk_S.sum() * 0
-    at_risk_ES = time_S >= time_E[:, None]
-    tied_ES = (time_S == time_E[:, None]) & event_S
+    at_risk_ES = (time_S >= time_E[:, None]).to(risk_S.dtype)
+    tied_ES = ((time_S == time_E[:, None]) & event_S).to(risk_S.dtype)
     # Of d events at one time the first sees all of them at risk, the second all but one in d of each, and so on.
     tied_EE = time_E == time_E[:, None]
-    before_E = tied_EE.tril(-1).sum(dim=1) / tied_EE.sum(dim=1)
-    highest = risk_S.detach().max()
-    weight_S = (risk_S - highest).exp()
-    total_E = at_risk_ES.to(weight_S.dtype) @ weight_S - before_E * (tied_ES.to(weight_S.dtype) @ weight_S)
-    return (total_E.log() + highest - risk_E).mean()
+    before_E = tied_EE.tril(-1).sum(dim=1).to(risk_S.dtype) / tied_EE.sum(dim=1)
+    counts_ES = at_risk_ES - before_E[:, None] * tied_ES
+    return ((risk_S + counts_ES.log()).logsumexp(dim=1) - risk_E).mean()
 
 
 def fitted(mean_SD: np.ndarray, time_S: np.ndarray, event_S: np.ndarray, strength: float) -> np.ndarray:

@@ -392,7 +392,8 @@ def _probes(known: Slides, mean_SD: np.ndarray, learn: np.ndarray, asked: np.nda
     """Outputs (G, C) by regressions of several strengths."""
     if known.times_S is None:
         for strength, probe in linear.probes(mean_SD[learn], known.labels_S[learn], strengths):
-            yield strength, torch.from_numpy(probe.predict_log_proba(mean_SD[asked]))
+            sure_GC = np.clip(linear.scores(probe, mean_SD[asked], len(known.classes)), 1e-12, None)
+            yield strength, torch.from_numpy(np.log(sure_GC))
         return
     scaler = StandardScaler().fit(mean_SD[learn])
     own_SD = scaler.transform(mean_SD[learn])

@@ -15,7 +15,7 @@ from shards.index import ShardError
 from ssl_dist.data.bags import Bags
 
 NAMED = "slide", "patient"                  # by which a table may name what it tells of
-NOTHING = "nan", "na", "n/a", "none", "null"        # how programs write an empty cell: no class is meant
+NOTHING = "nan", "na", "n/a", "null"       # how programs write an empty cell: no class is meant
 TRIES = 50                                  # ways to deal patients out, until every class can be learnt
 
 
