@@ -11,8 +11,8 @@ nothing. Vectors are of each encoder, of the same network untrained, and histogr
 """
 
 import argparse
-import json
 import statistics
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -72,6 +72,7 @@ def planted(tiles: int, seed: int, names: list[str], home: Path) -> dict[str, fl
         *_, (_, network) = mil.trained(own_told, known, held_vectors, name, CPU, learn, rate, 0.0, seed, [epochs])
         outputs = mil.answers(network, held_vectors, held)[0]
         found[name] = round(metrics.classification(known.labels_S[held], mil.likely(outputs))(None)["auroc"], 4)
+        sys.stderr.write(f"one tile in {tiles}, seed {seed}, {name}: {found[name]}\n")
     held_vectors.close()
     return found
 
@@ -128,6 +129,7 @@ def asked(tissue: str, label: str, bags: list[np.ndarray], labels: list[Any], pa
                       "seed": seed, "baselines": [] if number else ["linear"]})
         result = mil.run(told, CPU, measure.CORES, lambda *_: None)
         kept = {"tissue": tissue, "vectors": label, "seed": seed, "counts": result["counts"]}
+        sys.stderr.write(f"{tissue}, {label}, seed {seed}, {name}: {result['metrics']['auroc']}\n")
         rows.append({**kept, "model": name, "auroc": result["metrics"]["auroc"],
                      "interval": result["intervals"].get("auroc")})
         rows += [{**kept, "model": "linear", "auroc": each["auroc"], "interval": None}
@@ -191,8 +193,6 @@ def main() -> None:
         found["tissue"] += bone(tissue[1], told.encoders, tissue_models, 0, scratch)
     found["seconds"] = round(time.monotonic() - since)
     print(measure.keep(found, "mil", draw, measure.RESULTS))        # noqa: T201
-    for row in found["tissue"]:
-        print(json.dumps(row))      # noqa: T201
 
 
 if __name__ == "__main__":
