@@ -212,8 +212,9 @@ def test_every_recipe_parses_and_begins_with_what_it_is(path: Path, tmp_path: Pa
     folder = path.relative_to(ROOT / "configs").parts[0]
     if folder == "eval":
         tiles = [f"encoder={tmp_path}", f"data.shards=[{tmp_path}]"]
-        slides = [f"vectors={tmp_path}", f"labels={tmp_path}"]
-        words = {name: slides if name == "slide_linear" else tiles for name in PROTOCOLS}
+        slides = {"slide_linear": [f"vectors={tmp_path}", f"labels={tmp_path}"],
+                  "mil": [f"bags={tmp_path}", f"labels={tmp_path}"]}
+        words = {name: slides.get(name, tiles) for name in PROTOCOLS}
         own = yaml.safe_load(path.read_text())["protocol"]
         assert config.load_eval(str(path), words[own]).protocol == own
         for protocol in PROTOCOLS:      # what a recipe says of all holds for any other

@@ -1,6 +1,6 @@
 """Figures of merit of guesses, each under weights of the tiles: a resampling is nothing but other weights.
 
-C classes   S tiles   B bins of confidence
+C classes   S tiles, or slides   E events   B bins of confidence
 """
 
 from collections.abc import Callable
@@ -73,6 +73,22 @@ def regression(truth_S: Numbers, guess_S: Numbers) -> Measure:
                 "mean_absolute_error": float(np.average(np.abs(error_S), weights=weights_S)),
                 "pearson": _correlation(truth_S, guess_S, weights_S),
                 "spearman": _correlation(rank_S, guessed_S, weights_S)}
+
+    return measure
+
+
+def survival(time_S: Numbers, event_S: NDArray[np.bool_], risk_S: Numbers) -> Measure:
+    """Harrell's concordance index: of two of whom it is known who came to the event first, how often that one has the
+    higher risk; equal risks count half. Known it is where the earlier time is an event's, and where of equal times one
+    is and the other is not."""
+    first_E = np.flatnonzero(event_S)
+    after_ES = (time_S[first_E, None] < time_S) | ((time_S[first_E, None] == time_S) & ~event_S)
+    right_ES = after_ES * ((risk_S[first_E, None] > risk_S) + 0.5 * (risk_S[first_E, None] == risk_S))
+
+    def measure(weights_S: Numbers | None = None) -> dict[str, float]:
+        weights_S = np.ones(len(time_S)) if weights_S is None else weights_S
+        pairs = weights_S[first_E] @ after_ES @ weights_S
+        return {"concordance": float(weights_S[first_E] @ right_ES @ weights_S / pairs) if pairs else float("nan")}
 
     return measure
 

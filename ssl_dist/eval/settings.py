@@ -3,11 +3,13 @@
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from ssl_dist.models import ELSEWHERE
 
 BASELINES = "random", "colours"
 CHANCE = "chance"       # the baseline of what has no encoder
+MODELS = "mean", "weldon", "chowder", "deepmil", "clam", "transmil"      # of slides: ssl_dist/models/mil.py
 
 
 @dataclass(kw_only=True)
@@ -276,5 +278,51 @@ class SlideLinear(Protocol):
         return self.out or self.vectors.parent
 
 
-PROTOCOLS: dict[str, type[Protocol]] = {"knn": Knn, "linear": Linear, "sgd": Sgd, "low": Low, "finetune": Finetune,
-                                        "embed": Embed, "look": Look, "slide_linear": SlideLinear}
+@dataclass(kw_only=True)
+class Mil(Protocol):
+    """Slides, by the vectors of their tiles."""
+
+    protocol: str = "mil"
+    bags: Path = field(metadata={"exists": True, "help": "a folder of slides, an HDF5 file each, as eval/embed, CLAM "
+                                                         "and TRIDENT write them"})
+    labels: Path = field(metadata={"exists": True, "help": "a CSV table: a column slide or patient (or both), and "
+                                   "label, or time and event; perhaps split"})
+    kind: str = field(default="classes", metadata={"choices": ("classes", "survival"), "help": "classes: the column "
+                                                   "label; survival: time, and event (1: it came, 0: not so far)"})
+    model: str = field(default="deepmil", metadata={"choices": MODELS})
+    args: dict[str, Any] = field(default_factory=dict, metadata={"help": "what the model takes beside, in "
+                                                                         "ssl_dist/models/mil.py"})
+    baselines: list[str] = field(default_factory=lambda: ["mean", "linear"], metadata={
+        "choices": (*MODELS, "linear"), "help": "models judged on the same folds; linear: of the mean vector"})
+    split: str = field(default="", metadata={"help": "a word of the table's column split: these slides are guessed, "
+                                             "and all others learnt from; empty: cross-validation"})
+    folds: int = field(default=5, metadata={"range": (2, 100), "help": "parts of the patients, each guessed in turn"})
+    repeats: int = field(default=1, metadata={"range": (1, 100), "help": "times that patients are dealt out anew"})
+    inner: int = field(default=5, metadata={"range": (2, 100), "help": "parts of what is learnt from, by which rate, "
+                                            "decay and epoch are chosen"})
+    rates: list[float] = field(default_factory=lambda: [1e-3, 1e-4], metadata={"some": True, "help": "of Adam"})
+    decays: list[float] = field(default_factory=lambda: [0.0, 1e-4], metadata={"some": True, "range": (0, 10),
+                                                                               "help": "weight decays"})
+    epochs: int = field(default=50, metadata={"range": (1, 10**5), "help": "passes over the slides, at most"})
+    batch: int = field(default=16, metadata={"range": (1, 10**5), "help": "slides a step"})
+    max_tiles: int = field(default=1000, metadata={"range": (0, 10**7), "help": "tiles of a slide, drawn at every "
+                                                   "step; 0: all. Guesses see all"})
+    scale: bool = field(default=True, metadata={"help": "every number of a vector by its mean and deviation"})
+    maps: list[str] = field(default_factory=list, metadata={"help": "slides whose tiles are drawn, or all"})
+    encoder: Path | None = field(default=None, metadata={
+        "exists": True, "help": "folder of the encoder that made the vectors: tells whether it has seen the slides"})
+
+    def rules(self) -> list[str]:
+        """What cannot be said of one value alone."""
+        return [*super().rules(), *(f"rates has {each:g}; a learning rate is more than 0" for each in self.rates
+                                    if not each > 0)]
+
+    @property
+    def home(self) -> Path:
+        """Where results go: `out`, or beside the bags."""
+        return self.out or self.bags.parent
+
+
+PROTOCOLS: dict[str, type[Protocol]] = {
+    "knn": Knn, "linear": Linear, "sgd": Sgd, "low": Low, "finetune": Finetune, "embed": Embed, "look": Look,
+    "slide_linear": SlideLinear, "mil": Mil}

@@ -20,7 +20,7 @@ def lines(result: dict[str, Any]) -> Iterator[str]:
     for name, figures in result["baselines"].items():
         yield f"{name}: " + ", ".join(f"{key} {figures[key]:.3f}" for key in result["metrics"] if key in figures)
         if apart := result["against"].get(name):
-            yield "  the encoder has " + ", ".join(
+            yield f"  {result.get('model', 'the encoder')} has " + ", ".join(
                 "{} {:+.3f} ({:+.3f} to {:+.3f}, p {:g})".format(key, told["difference"], *told["interval"], told["p"])
                 for key, told in apart.items())
     if result["protocol"] == "low":
@@ -37,6 +37,8 @@ def lines(result: dict[str, Any]) -> Iterator[str]:
 
 def _figures(result: dict[str, Any]) -> Iterator[str]:
     knows = ", knowing all labels" if result["protocol"] == "low" else ""
+    if result["protocol"] == "mil":
+        knows = ", {model}, {slides} slides of {patients} patients, {tiles} tiles".format(**result, **result["counts"])
     leaked = ", on tiles seen in pretraining" if any((result["seen_in_pretraining"] or {}).values()) else ""
     between = {name: " ({:.3f} to {:.3f})".format(*edges) for name, edges in result["intervals"].items()}
     yield f"{result['protocol']}{knows}{leaked}: " + ", ".join(

@@ -41,6 +41,7 @@ PROTOCOLS = {
     "slide_linear": "linear probe of one vector a slide",
     "embed": "vectors for other programs, not judged",
     "look": "to be looked at, not judged",
+    "mil": "multiple-instance learning: slides, by the vectors of their tiles",
 }
 CAPTIONS = {
     "knn_neighbours.png": "Left, tiles that were asked about, with their class; right of each, the tiles of other "
