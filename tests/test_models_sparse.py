@@ -226,7 +226,7 @@ def kept(encoder: SlideEncoder, tiles: Tiles) -> int:
 
     def keep(each: Tensor) -> Tensor:
         storage = each.untyped_storage()
-        if storage.data_ptr() not in weights and each.shape[:1] != (9,):       # a weight, its places first
+        if storage.data_ptr() not in weights and each.shape[1:2] != (9,):      # a weight, its places second
             found[storage.data_ptr()] = storage.nbytes()
         alive.append(each)
         return each

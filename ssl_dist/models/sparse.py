@@ -5,6 +5,7 @@ Plain gathers and matrix products, so that it runs wherever torch does; no convo
 T cells   D, C width before and after   K = 9 places of a 3 x 3 window, row by row   B slides
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -14,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 WINDOW = tuple((row, column) for row in (-1, 0, 1) for column in (-1, 0, 1))
-FULL = 0.6              # from so many hits on, a product of all cells is quicker than one of those hit and a scatter
+FULL = 0.4              # of a map's windows, from which on one product of them whole is quicker than nine of parts
+STRIP = 512             # windows gathered at a time, each nine vectors wide; 256 to 2,048 were equally quick
 LARGEST = 2**62         # of a cell's number; what lies apart so far is no slide
 STAGE = 256, 512        # widths before and after ResNet-18's last stage
 KINDS = "sparse", "mlp"
@@ -25,17 +27,18 @@ class Reach:
     """Where the cells of one map look at those of another: of each place of the window the row that it meets, or one
     past the last where it meets none."""
 
-    row_KT: Tensor
-    hits: list[int]                         # a place, how many meet any
-    some: list[Tensor | None]               # a place, which do, where that is the quicker way
+    row_TK: Tensor
+    pairs: list[tuple[Tensor, Tensor]] | None       # a place, who meets whom, where few do
 
     @classmethod
     def of(cls, row_KT: Tensor, rows: int) -> "Reach":
         """`rows`: how many there are to be met."""
-        met_KT = row_KT < rows
-        hits = met_KT.sum(dim=1).tolist()
-        return cls(row_KT, hits, [None if count > FULL * row_KT.shape[1] else met_T.nonzero().squeeze(1)
-                                  for count, met_T in zip(hits, met_KT, strict=True)])
+        place_P, looking_P = (row_KT < rows).nonzero(as_tuple=True)
+        if len(place_P) > FULL * row_KT.numel():
+            return cls(row_KT.T.contiguous(), None)
+        many = torch.bincount(place_P, minlength=len(WINDOW)).tolist()
+        return cls(row_KT.T.contiguous(), list(zip(looking_P.split(many), row_KT[place_P, looking_P].split(many),
+                                                   strict=True)))
 
 
 class Cells:
@@ -105,7 +108,7 @@ class Map:
         """The mean of what each cell at half the resolution sees. What is empty is not counted: at the rim of a tissue
         vectors would else shrink towards zero, a thing of the outline and not of the tissue."""
         cells, seen, _ = self.cells.halved
-        return Map(cells, F.embedding_bag(seen.row_KT.T.contiguous(), _padded(self.features_TD), mode="mean",
+        return Map(cells, F.embedding_bag(seen.row_TK, _padded(self.features_TD), mode="mean",
                                           padding_idx=len(self.features_TD)))
 
     def mean(self) -> Tensor:
@@ -166,22 +169,30 @@ def _padded(features_TD: Tensor) -> Tensor:
     return F.pad(features_TD, (0, 0, 0, 1))
 
 
+def _windows(padded_TD: Tensor, reach: Reach) -> Iterator[tuple[slice, Tensor]]:
+    """What each row of `reach` meets, side by side (strip, K D), some rows at a time."""
+    for first in range(0, len(reach.row_TK), STRIP):
+        strip = slice(first, min(first + STRIP, len(reach.row_TK)))
+        yield strip, padded_TD.index_select(0, reach.row_TK[strip].flatten()).view(strip.stop - first, -1)
+
+
 def _met(features_TD: Tensor, reach: Reach, weight_KDC: Tensor) -> Tensor:
     """For each row of `reach`, the sum over what it meets of vector times weight (rows, C).
 
-    Each place of the window is met once at most, so no two products go to one row, and the sum is the same every time.
+    Of each place of the window it meets one at most, so no two products go to one row, and the sum is the same every
+    time.
     """
+    rows, channels = len(reach.row_TK), weight_KDC.shape[2]
+    if reach.pairs is None:
+        sum_UC, flat_MC = features_TD.new_empty(rows, channels), weight_KDC.flatten(0, 1)
+        for strip, window_SM in _windows(_padded(features_TD), reach):
+            torch.mm(window_SM, flat_MC, out=sum_UC[strip])
+        return sum_UC
     half = features_TD.dtype in (torch.bfloat16, torch.float16)
-    sum_UC = features_TD.new_zeros(reach.row_KT.shape[1], weight_KDC.shape[2],
-                                   dtype=torch.float32 if half else features_TD.dtype)
-    padded_TD = _padded(features_TD)
-    for row_U, hits, some, weight_DC in zip(reach.row_KT, reach.hits, reach.some, weight_KDC, strict=True):
-        if some is not None and hits:
-            sum_UC.index_add_(0, some, (features_TD.index_select(0, row_U[some]) @ weight_DC).to(sum_UC.dtype))
-        elif half:
-            sum_UC += padded_TD.index_select(0, row_U) @ weight_DC
-        elif hits:
-            sum_UC.addmm_(padded_TD.index_select(0, row_U), weight_DC)
+    sum_UC = features_TD.new_zeros(rows, channels, dtype=torch.float32 if half else features_TD.dtype)
+    for (looking_P, met_P), weight_DC in zip(reach.pairs, weight_KDC, strict=True):
+        if len(met_P):
+            sum_UC.index_add_(0, looking_P, (features_TD.index_select(0, met_P) @ weight_DC).to(sum_UC.dtype))
     return sum_UC.to(features_TD.dtype)
 
 
@@ -189,27 +200,31 @@ class _Convolve(torch.autograd.Function):
     """Keeps the vectors and none of the gathered ones, which are nine times as many."""
 
     @staticmethod
-    def forward(ctx: Any, features_TD: Tensor, weight_KDC: Tensor, seen: Reach, reached: Reach) -> Tensor:
-        ctx.save_for_backward(features_TD, weight_KDC)
+    def forward(ctx: Any, features_TD: Tensor, weight_CKD: Tensor, seen: Reach, reached: Reach) -> Tensor:
+        ctx.save_for_backward(features_TD, weight_CKD)
         ctx.seen, ctx.reached = seen, reached
-        return _met(features_TD, seen, weight_KDC)
+        return _met(features_TD, seen, weight_CKD.permute(1, 2, 0))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient_UC: Tensor) -> Any:         # type: ignore[override]
-        features_TD, weight_KDC = ctx.saved_tensors
-        before_TD = after_KDC = None
+        features_TD, weight_CKD = ctx.saved_tensors
+        before_TD = after_CKD = None
+        gradient_UC = gradient_UC.contiguous()
         if ctx.needs_input_grad[0]:
-            before_TD = _met(gradient_UC, ctx.reached, weight_KDC.transpose(1, 2))
+            before_TD = _met(gradient_UC, ctx.reached, weight_CKD.transpose(0, 1))
         if ctx.needs_input_grad[1]:
-            after_KDC, padded_TD = torch.zeros_like(weight_KDC), _padded(features_TD)
-            for place, (row_U, hits, some) in enumerate(zip(ctx.seen.row_KT, ctx.seen.hits, ctx.seen.some,
-                                                            strict=True)):
-                if some is not None and hits:
-                    after_KDC[place] = features_TD.index_select(0, row_U[some]).T @ gradient_UC.index_select(0, some)
-                elif hits:
-                    after_KDC[place] = padded_TD.index_select(0, row_U).T @ gradient_UC
-        return before_TD, after_KDC, None, None
+            after_CKD = torch.zeros_like(weight_CKD)
+            if ctx.seen.pairs is None:
+                flat_CM = after_CKD.flatten(1)
+                for strip, window_SM in _windows(_padded(features_TD), ctx.seen):
+                    flat_CM.addmm_(gradient_UC[strip].T, window_SM)
+            else:
+                for place, (looking_P, met_P) in enumerate(ctx.seen.pairs):
+                    if len(met_P):
+                        after_CKD[:, place] = (gradient_UC.index_select(0, looking_P).T
+                                               @ features_TD.index_select(0, met_P))
+        return before_TD, after_CKD, None, None
 
 
 class Convolution(nn.Module):
@@ -223,7 +238,8 @@ class Convolution(nn.Module):
     def __init__(self, width: int, channels: int, *, kernel: int = 3, stride: int = 1):
         super().__init__()
         self.stride = stride
-        self.weight = nn.Parameter(torch.empty(channels, width, kernel, kernel))
+        # As channels_last a window's weights lie as its vectors do; torch keeps that through copies and state dicts.
+        self.weight = nn.Parameter(torch.empty(channels, width, kernel, kernel, memory_format=torch.channels_last))
         nn.init.kaiming_normal_(self.weight, mode="fan_out", nonlinearity="relu")       # as timm's ResNets begin
 
     def forward(self, tiles: Map) -> Map:
@@ -231,12 +247,12 @@ class Convolution(nn.Module):
         if self.weight.shape[-1] == 1:
             return tiles.with_features(F.linear(tiles.features_TD, self.weight[:, :, 0, 0]))
         cells, seen, reached = (tiles.cells, *tiles.cells.near) if self.stride == 1 else tiles.cells.halved
-        weight_KDC, features_TD = self.weight.permute(2, 3, 1, 0).flatten(0, 1).contiguous(), tiles.features_TD
+        weight_CKD, features_TD = self.weight.permute(0, 2, 3, 1).flatten(1, 2), tiles.features_TD
         device = features_TD.device.type
         if torch.is_autocast_enabled(device):
             kind = torch.get_autocast_dtype(device)
-            weight_KDC, features_TD = weight_KDC.to(kind), features_TD.to(kind)
-        return Map(cells, _Convolve.apply(features_TD, weight_KDC, seen, reached))
+            weight_CKD, features_TD = weight_CKD.to(kind), features_TD.to(kind)
+        return Map(cells, _Convolve.apply(features_TD, weight_CKD.contiguous(), seen, reached))
 
 
 class Block(nn.Module):
