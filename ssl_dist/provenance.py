@@ -172,11 +172,13 @@ def effort(account: Any) -> Effort:
 
 
 def evaluations(home: Path, sha256: str, known: dict[str, list[str]]) -> list[Evaluation]:
-    """The results in a folder that are of these weights; `known`: names of datasets by the fingerprint of shards."""
+    """The results on tiles in a folder that are of these weights; `known`: names of datasets by the fingerprint of
+    shards. What was asked about slides (mil) is of a model on top as well, and the report tells of it."""
     found = []
     for path in sorted(home.glob("*.json"), key=lambda each: each.stem):
         told = _json(path)
-        if under(told, "encoder", "sha256") == sha256 and (scores := _scores(told)):
+        if under(told, "encoder", "sha256") == sha256 and under(told, "protocol") != "mil" and (
+                scores := _scores(told)):
             shards = [each for each in a_list(under(told, "shards")) if isinstance(each, dict)]
             seen = {printable(kind): _number(count)
                     for kind, count in a_dict(under(told, "seen_in_pretraining")).items()}

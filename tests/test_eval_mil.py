@@ -20,7 +20,7 @@ from sklearn.metrics import roc_auc_score
 
 from shards import arrays, write
 from shards.index import ShardError
-from ssl_dist import config
+from ssl_dist import config, provenance
 from ssl_dist.data.bags import Bags
 from ssl_dist.eval import cox, features, leakage, metrics, mil, slides, summary
 from ssl_dist.eval.settings import Mil
@@ -97,6 +97,7 @@ def test_the_protocol_writes_figures_guesses_and_maps(tmp_path: Path) -> None:
     for fold in ("fold_1", "fold_2"):
         sides = {row["patient"]: row[fold] for row in rows}
         assert all(sides[row["patient"]] == row[fold] for row in rows), "a patient is in one fold"
+    assert not provenance.evaluations(tmp_path / "out", "e" * 64, {}), "the card's table is of tiles"
     told = "\n".join(summary.lines(result))
     assert told.startswith("mil, deepmil, 72 slides of 36 patients") and "deepmil has" in told
     # Another model, another file; the same again, the same file and the same figures.
