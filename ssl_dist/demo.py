@@ -104,10 +104,13 @@ def _newer(result: Path, run: Path) -> bool:
 def _summary(console: Console, folder: Path, run: Path, seconds: float) -> None:
     knn = json.loads((run / "eval" / "knn.json").read_text())
     last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
-    own, random = knn["metrics"]["accuracy"], knn["baselines"]["random"]["accuracy"]
+    own = knn["metrics"]["accuracy"]
+    others = {name: told["accuracy"] for name, told in knn["baselines"].items()}
+    random, colours = others["random"], others.get("colours")
     console.rule("[bold]done", align="left")
     for name, value in {
-        "kNN accuracy, new patients": f"{own:.1%} (random weights {random:.1%}; {100 * (own - random):+.1f} points)",
+        "kNN accuracy, new patients": f"{own:.1%} (random weights {random:.1%}; {100 * (own - random):+.1f} points"
+                                      + ("" if colours is None else f"; colour histograms {colours:.1%}") + ")",
         "training": f"{last['samples']} tiles in {last['step']} steps, {last['images_per_second']:.0f} tiles a second",
         "this call took": f"{seconds:.0f} s",
         "slides": folder / "slides", "shards": folder / "shards", "run": run, "encoder": run / "encoder",

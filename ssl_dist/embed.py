@@ -56,6 +56,7 @@ class Looks:
     architecture: str
     sha256: str
     size: int
+    decides: dict[str, Any]         # its vectors, beside the weights
 
 
 @dataclass
@@ -103,8 +104,8 @@ def plan(settings: Slides) -> Job:
     """Finds the slides and refuses what cannot be; writes nothing."""
     looks = looked(settings)
     decided = json.loads(json.dumps({
-        "format": FORMAT, "encoder": looks.architecture, "encoder_sha256": looks.sha256, "resize": looks.size,
-        **settings.deciding()}))
+        "format": FORMAT, **looks.decides, "encoder": looks.architecture, "encoder_sha256": looks.sha256,
+        "resize": looks.size, **settings.deciding()}))
     found = sources.named(settings.slides, settings.reading())
     number, of = map(int, settings.part.split("/")) if settings.part else (1, 1)
     found = found[number - 1::of]
@@ -126,7 +127,7 @@ def looked(settings: Slides) -> Looks:
     with torch.device("meta"):
         network = encoders.build(settings.encoder).eval()
         network.tries(1, size)
-    return Looks(network.name, encoders.digest(settings.encoder), size)
+    return Looks(network.name, encoders.digest(settings.encoder), size, network.identity)
 
 
 def run(settings: Slides, device: torch.device, threads: int, progress: Progress = lambda *_: None) -> Summary:

@@ -65,11 +65,13 @@ def portable(home: Path, kind: str) -> Path:
         with warnings.catch_warnings(), torch.inference_mode():
             warnings.simplefilter("ignore")
             if kind == "onnx":
+                import onnx
                 import onnxscript  # noqa: F401  what torch writes it with, told of before it begins
 
                 torch.onnx.export(encoder, (example,), str(draft), dynamo=True, input_names=["pixels"],
                                   output_names=["features"], external_data=False, verbose=False,
                                   dynamic_shapes=({0: torch.export.Dim("batch")},))
+                _anonymous(onnx, draft)
             else:
                 torch.jit.trace(encoder, example).save(str(draft))
         folder.sync(draft)
@@ -80,6 +82,16 @@ def portable(home: Path, kind: str) -> Path:
     finally:
         draft.unlink(missing_ok=True)
     return path
+
+
+def _anonymous(onnx: Any, path: Path) -> None:
+    """Takes out what torch notes of where each operation was traced: paths of this machine."""
+    model = onnx.load(str(path))
+    for nodes in (model.graph.node, *(each.node for each in model.functions)):
+        for node in nodes:
+            node.ClearField("metadata_props")
+            node.ClearField("doc_string")
+    onnx.save(model, str(path))
 
 
 def _facts(reader: Reader) -> dict[str, Any]:

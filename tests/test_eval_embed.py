@@ -8,8 +8,10 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from PIL import Image
 
-from shards import index
+from shards import index, write
+from shards.index import ShardError
 from ssl_dist.eval import embed, features
 from ssl_dist.eval.settings import Embed, Tiles
 from ssl_dist.models import encoder as encoders
@@ -69,3 +71,30 @@ def test_names_that_are_no_file_names_do_not_meet() -> None:
     assert not [name for name in names if "/" in name or " " in name or ":" in name]
     assert (names[2], names[5]) == ("a_b", "x")
     assert embed.file_name("e", "a/b") != names[0]
+    both = embed.file_names([("d", "S1"), ("e", "S1"), ("e", "S2"), ("d", "a b"), ("e", "a b")])
+    assert len(set(both)) == 5 and both[2] == "S2" and both[0].startswith("S1-")
+
+
+def test_slides_of_two_datasets_that_are_called_the_same_are_two_files(shard: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    write.write(write.Settings(source=_pictures(tmp_path / "src", index.samples(shard)["slide"].to_pylist()[0]),
+                               kind="tiles", mpp=1.0, dataset="other", out=other, names=r"(?P<slide>[^/]+)/[^/]+$",
+                               workers=1))
+    Encoder("test_resnet", {}, (0.5,) * 3, (0.5,) * 3).save(tmp_path / "encoder", 64, {})
+    told = Embed(encoder=str(tmp_path / "encoder"), data=Tiles(shards=[shard, other]), batch=32)
+    result = embed.run(told, torch.device("cpu"), 2, lambda *_: None)
+    files = list((tmp_path / "eval" / "h5").glob("*.h5"))
+    assert len(files) == result["counts"]["slides"] == len(set(index.samples(shard)["slide"].to_pylist())) + 1
+    counts = [len(h5py.File(path)["features"]) for path in files]
+    assert sum(counts) == result["counts"]["tiles"]
+    with pytest.raises(ShardError, match="files of other slides"):
+        embed.run(Embed(encoder=str(tmp_path / "encoder"), data=Tiles(shards=[other]), batch=32), torch.device("cpu"),
+                  2, lambda *_: None)
+
+
+def _pictures(home: Path, slide: str) -> Path:
+    (home / slide).mkdir(parents=True)
+    for number in range(3):
+        noise = np.random.default_rng(number).integers(0, 256, (32, 32, 3), np.uint8)
+        Image.fromarray(noise).save(home / slide / f"{number}.png")
+    return home

@@ -3,6 +3,7 @@
 import json
 import re
 import runpy
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -259,8 +260,8 @@ def pretrained_on(encoder: Path, shard: Path, split: str, *kinds: str) -> None:
 
 
 def doubts(result: dict[str, Any]) -> list[str]:
-    """Its warnings, but for the tiles of the painted slides that never had a label."""
-    return [words for words in result["warnings"] if "have no label" not in words]
+    """Its warnings, but for tiles of the painted slides without a label, and encoders of the tests without a past."""
+    return [words for words in result["warnings"] if "have no label" not in words and "is not known:" not in words]
 
 
 def test_an_encoder_that_saw_the_very_tiles_is_caught_and_one_that_saw_others_of_their_patients(
@@ -347,3 +348,57 @@ def test_a_rehearsal_refuses_what_the_evaluation_would_and_computes_nothing(
         protocol.rehearse(config.load_eval("eval/knn", [*words[:2], "k=100000"]), knn.allow)
     told = protocol.rehearse(config.load_eval("eval/embed", words[:2]))
     assert told["tiles"] == len(labels)
+
+
+@pytest.mark.parametrize("changed", [{"mean": [0.9, 0.2, 0.4]}, {"std": [0.2, 0.9, 0.1]},
+                                     {"args": {"global_pool": "max"}}])
+def test_the_same_weights_under_another_card_are_another_encoder(changed: dict[str, Any], exported: Path, shard: Path,
+                                                                tmp_path: Path) -> None:
+    """Normalisation and pooling decide the features as much as the weights do; and so in one call as well."""
+    shutil.copytree(exported, tmp_path / "other")
+    card = json.loads((tmp_path / "other" / "config.json").read_text())
+    card["pretrained_cfg"] |= {name: value for name, value in changed.items() if name != "args"}
+    card["model_args"] = {**(card.get("model_args") or {}), **changed.get("args", {})}
+    (tmp_path / "other" / "config.json").write_text(json.dumps(card))
+    both = evaluated(exported, shard, out=tmp_path / "out", baselines=[str(tmp_path / "other")])
+    alone = evaluated(tmp_path / "other", shard, out=tmp_path / "fresh")
+    assert {name: both["baselines"][str(tmp_path / "other")][name] for name in alone["metrics"]} == alone["metrics"]
+    assert both["metrics"] != alone["metrics"]
+
+
+def test_pictures_are_of_the_result_beside_which_they_lie(exported: Path, shard: Path, tmp_path: Path) -> None:
+    first = evaluated(exported, shard, out=tmp_path)
+    before = (tmp_path / first["pictures"][0]).read_bytes()
+    second = evaluated(exported, shard, out=tmp_path, data=Labelled(shards=[shard], bank="test", query="train"))
+    assert second["written"].endswith("knn-2.json") and second["pictures"] == ["knn-2_neighbours.png"]
+    assert (tmp_path / "knn_neighbours.png").read_bytes() == before
+
+
+def test_a_result_of_another_encoder_does_not_take_the_place_of_the_first(exported: Path, shard: Path,
+                                                                         tmp_path: Path) -> None:
+    other = saved(tmp_path / "other" / "encoder", 5)
+    written = [evaluated(encoder, shard, out=tmp_path / "out")["written"] for encoder in (exported, other, exported)]
+    assert [Path(path).name for path in written] == ["knn.json", "knn-2.json", "knn.json"]
+    smaller = evaluated(exported, shard, out=tmp_path / "out", size=32)
+    assert Path(smaller["written"]).name == "knn-3.json"
+
+
+def test_a_baseline_that_saw_the_query_is_told_of_and_not_to_know_is_said(exported: Path, shard: Path,
+                                                                         tmp_path: Path) -> None:
+    other = saved(tmp_path / "other" / "encoder", 5)
+    pretrained_on(other, shard, "test", "tiles")
+    found = evaluated(exported, shard, out=tmp_path, baselines=[str(other)])
+    assert any(f"baseline {other} was pretrained on" in words for words in found["warnings"])
+    ours = saved(tmp_path / "ours" / "encoder", 5, method="simclr")
+    assert any("seen in pretraining is not known" in words for words in evaluated(ours, shard)["warnings"])
+    assert not any("not known:" in words for words in evaluated(exported, shard)["warnings"])
+
+
+def test_what_is_held_out_of_slides_is_called_so_where_patients_are_on_both_sides(exported: Path, shard: Path,
+                                                                                 tmp_path: Path) -> None:
+    samples = index.samples(shard)
+    count = samples.num_rows
+    many = relabelled(shard, tmp_path / "many", slide=[f"s{number % 12}" for number in range(count)],
+                      patient=["one"] * count, label=[number // 2 % 2 for number in range(count)])
+    with pytest.raises(ShardError, match=r"both 'what is left of all' and 'what data\.hold=slide holds out'"):
+        evaluated(exported, many, data=Labelled(shards=[many], bank="", hold="slide"))

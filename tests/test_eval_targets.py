@@ -130,6 +130,15 @@ def test_a_table_that_cannot_be_used_is_refused_by_its_line(text: str, kind: str
         features.told([shard], "train", tmp_path / "t.csv", kind)
 
 
+def test_a_table_of_another_encoding_is_refused_and_empty_lines_are_no_lines(shard: Path, tmp_path: Path) -> None:
+    slide = index.samples(shard)["slide"].to_pylist()[0]
+    (tmp_path / "latin.csv").write_bytes("slide,größe\nx,3\n".encode("latin-1"))
+    with pytest.raises(ShardError, match="in UTF-8"):
+        features.told([shard], "", tmp_path / "latin.csv", "numbers")
+    (tmp_path / "t.csv").write_text(f"slide,age\n\n{slide},3\n\n")
+    assert set(features.told([shard], "", tmp_path / "t.csv", "numbers").slides) == {slide}
+
+
 def test_a_column_of_one_value_and_a_kind_without_a_table_are_refused(exported: Path, shard: Path,
                                                                      tmp_path: Path) -> None:
     targets = table(shard, tmp_path / "t.csv", {"same": lambda _: 1, **SEVERAL})

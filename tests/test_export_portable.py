@@ -56,6 +56,9 @@ def test_another_program_computes_the_same_features(kind: str, network: str, tmp
     for count in (1, 3):
         assert np.load(tmp_path / f"found-{count}.npy") == pytest.approx(truth[:count], abs=1e-5, rel=1e-4)
     assert not list((tmp_path / "encoder").glob(".*"))
+    if kind == "onnx":      # it travels, and where it was made is nobody's business
+        assert str(Path(export.__file__).parent).encode() not in path.read_bytes()
+        assert str(Path(torch.__file__).parent).encode() not in path.read_bytes()
 
 
 def test_without_what_writes_onnx_it_is_said_and_nothing_is_left(tmp_path: Path,

@@ -9,6 +9,7 @@ import functools
 import io
 import re
 import zlib
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import pyarrow.parquet as pq
 import torch
 
 from shards import arrays, folder
+from shards.index import ShardError
 from ssl_dist.eval import features
 from ssl_dist.eval.cache import Cache
 from ssl_dist.eval.protocol import Progress, Source
@@ -65,17 +67,33 @@ def _bags(vectors_SD: np.ndarray, table: dict[str, list], source: Source, home: 
         table["dataset"], table["slide"], strict=True)]), return_inverse=True)
     place_S2 = np.stack([table["x"], table["y"]], axis=1).astype(np.int64)
     count = int(slide_S.max()) + 1
+    first = np.unique(slide_S, return_index=True)[1]
+    names = file_names([(table["dataset"][each], table["slide"][each]) for each in first])
+    if strangers := sorted({path.name for path in home.glob("*.h5")} - {f"{name}.h5" for name in names}):
+        raise ShardError(f"{home} holds {len(strangers)} files of other slides ({strangers[0]}, …), which may be of "
+                         "another encoder; choose another out=, or delete that folder")
     for number in range(count):
         own = np.flatnonzero(slide_S == number)
         own = own[np.lexsort((place_S2[own, 0], place_S2[own, 1]))]
         dataset, slide, patient = (table[name][own[0]] for name in ("dataset", "slide", "patient"))
-        arrays.write_bag(home / f"{file_name(dataset, slide)}.h5", vectors_SD[own], place_S2[own], {
+        arrays.write_bag(home / f"{names[number]}.h5", vectors_SD[own], place_S2[own], {
             "slide": slide, "patient": patient, "dataset": dataset, "mpp": float(table["mpp"][own[0]]),
             "encoder": source.architecture, "encoder_sha256": source.digest, "size": source.size})
     return count
 
 
+def file_names(slides: list[tuple[str, str]]) -> list[str]:
+    """A name for each slide of some datasets; of two datasets' slides that are called the same each has its number."""
+    plain = Counter(file_name(*each) for each in slides)
+    return [name if plain[name := file_name(dataset, slide)] == 1 else f"{name}-{_number(dataset, slide)}"
+            for dataset, slide in slides]
+
+
 def file_name(dataset: str, slide: str) -> str:
     """A slide's name as a file's: what may not stand in one becomes _, and then names differ by a number."""
     plain = re.sub(r"[^\w.-]+", "_", slide)
-    return plain if plain == slide else f"{plain}-{zlib.crc32(f'{dataset}/{slide}'.encode()):08x}"
+    return plain if plain == slide else f"{plain}-{_number(dataset, slide)}"
+
+
+def _number(dataset: str, slide: str) -> str:
+    return f"{zlib.crc32(f'{dataset}/{slide}'.encode()):08x}"

@@ -142,8 +142,11 @@ def told(shards: list[Path], split: str, table: Path, kind: str, valid: str = ""
 
 def _table(path: Path) -> tuple[str, list[str], dict[str, list[float]]]:
     """By what a table names tiles, what it tells of them, and that by name."""
-    with path.open(newline="", encoding="utf-8-sig") as handle:
-        lines = list(csv.reader(handle))
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as handle:
+            lines = list(csv.reader(handle))
+    except (UnicodeDecodeError, OSError) as error:
+        raise ShardError(f"{path} is no table ({error}); save it as CSV, separated by commas, in UTF-8") from None
     head = lines[0] if lines else []
     by = [name for name in NAMED if name in head]
     if len(by) != 1 or len(head) < 2 or len(set(head)) < len(head):
@@ -151,6 +154,8 @@ def _table(path: Path) -> tuple[str, list[str], dict[str, list[float]]]:
                          "column, of a name of its own, for each thing to guess")
     place, rows = head.index(by[0]), dict[str, list[float]]()
     for number, line in enumerate(lines[1:], 2):
+        if not line:
+            continue            # an empty line, as editors leave at the end
         values = [value for column, value in enumerate(line) if column != place]
         if len(line) != len(head):
             raise ShardError(f"{path}, line {number} has {len(line)} cells and the first {len(head)}")

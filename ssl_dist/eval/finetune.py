@@ -22,6 +22,7 @@ from ssl_dist.eval import features, linear, metrics, protocol
 from ssl_dist.eval.features import Split
 from ssl_dist.eval.protocol import Progress, Source, Verdict
 from ssl_dist.eval.settings import Finetune
+from ssl_dist.models.encoder import EncoderError
 
 WARMUP = 0.1            # of all steps
 
@@ -94,5 +95,7 @@ def turned(pixels_BHW3: Tensor, numbers: np.random.Generator) -> Tensor:
 @torch.inference_mode()
 def _scores(network: nn.Module, batches: Iterator[tuple[np.ndarray, Tensor]], device: torch.device) -> np.ndarray:
     network.eval()
-    found = [network(pixels.to(device)).float().softmax(dim=1).cpu() for _, pixels in batches]
-    return torch.cat(found).double().numpy()
+    found = torch.cat([network(pixels.to(device)).float().softmax(dim=1).cpu() for _, pixels in batches])
+    if not bool(found.isfinite().all()):
+        raise EncoderError("fine-tuning gives guesses that are no numbers: the weights are damaged, or lr is too large")
+    return found.double().numpy()

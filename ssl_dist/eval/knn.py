@@ -65,7 +65,7 @@ def run(settings: Knn, device: torch.device, threads: int, progress: Progress) -
         shown.append((places_QK, votes_QC.argmax(dim=1)))
         return Verdict(votes_QC.double().numpy(), {"k": settings.k, "temperature": settings.temperature})
 
-    def draw(bank: Split, query: Split, out: Path) -> list[str]:
+    def draw(bank: Split, query: Split, result: Path) -> list[str]:
         if not shown:       # of numbers, and of several labels, there is no one word to write beside a tile
             return []
         places_QK, answer_Q = shown[0]
@@ -73,7 +73,7 @@ def run(settings: Knn, device: torch.device, threads: int, progress: Progress) -
         order = torch.argsort(query.labels_S, stable=True)
         rows = order[torch.linspace(0, len(order) - 1, min(ROWS, len(order))).long()].numpy()
         sheets.votes(bank, query, rows, places_QK[rows, :sheets.NEAREST].numpy(), answer_Q[rows].tolist(),
-                     out / "knn_neighbours.png")
-        return ["knn_neighbours.png"]
+                     result.with_name(f"{result.stem}_neighbours.png"))
+        return [f"{result.stem}_neighbours.png"]
 
     return protocol.run(settings, judge, device, threads, progress, functools.partial(allow, settings), draw)

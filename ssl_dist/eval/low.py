@@ -48,9 +48,9 @@ def run(settings: Low, device: torch.device, threads: int, progress: Progress) -
         shown.append((("encoder", *settings.baselines)[len(shown)], rows))
         return Verdict(scores_QC, {}, rows)     # of the last, which knows every label
 
-    def draw(bank: Split, query: Split, out: Path) -> list[str]:       # noqa: ARG001
-        _plot(shown, out / "low_labels.png")
-        return ["low_labels.png"]
+    def draw(bank: Split, query: Split, result: Path) -> list[str]:       # noqa: ARG001
+        _plot(shown, result.with_name(f"{result.stem}_labels.png"))
+        return [f"{result.stem}_labels.png"]
 
     return protocol.run(settings, judge, device, threads, progress, functools.partial(allow, settings), draw)
 

@@ -21,7 +21,7 @@ from shards.index import ShardError
 from ssl_dist.eval import features, intervals, leakage, metrics
 from ssl_dist.eval.cache import Cache
 from ssl_dist.eval.features import Split
-from ssl_dist.eval.settings import Eval, Every, Judged, Protocol
+from ssl_dist.eval.settings import BASELINES, Eval, Every, Judged, Protocol
 from ssl_dist.models import encoder as encoders
 
 UNKNOWN = ""            # the patient of a tile whose source does not say
@@ -46,6 +46,7 @@ class Source:
         """`name`: encoder, random, colours, or another encoder's folder or name. Refuses a size that it does not take.
         """
         self.name, self.size, self.architecture, self.digest = name, 0, name, name
+        self.looks: dict[str, Any] = {}         # what decides its vectors beside its weights
         if name == "colours":
             return
         self._path = settings.encoder if name in ("encoder", "random") else name
@@ -53,7 +54,7 @@ class Source:
         with torch.device("meta"):
             plan = encoders.build(self._path).eval()
             plan.tries(1, self.size)
-        self.architecture = plan.name
+        self.architecture, self.looks = plan.name, plan.identity
         self.digest = f"{plan.name} {plan.args} {settings.seed}" if name == "random" else encoders.digest(self._path)
 
     def features(self, split: Split, cache: Cache, settings: Eval, device: torch.device, threads: int,
@@ -65,8 +66,11 @@ class Source:
             return features.extract(self.network(settings.seed), split, size=self.size, batch=settings.batch,
                                     threads=threads, device=device, progress=progress, precision=settings.precision)
 
-        return cache.get({"of": self.digest, "size": self.size, "precision": settings.precision,
-                          "torch": torch.__version__, **split.identity}, make)
+        found = cache.get({"of": self.digest, "looks": self.looks, "size": self.size, "precision": settings.precision,
+                           "torch": torch.__version__, **split.identity}, make)
+        if not bool(found.isfinite().all()):
+            raise encoders.EncoderError(f"{self.name} gives features that are no numbers; its weights are damaged")
+        return found
 
     def told(self, settings: Eval) -> dict[str, str]:
         """Which it is, for a result."""
@@ -88,7 +92,8 @@ def run(settings: Judged, judge: Judge, device: torch.device, threads: int, prog
         draw: Callable[[Split, Split, Path], list[str]] = lambda *_: []) -> dict[str, Any]:
     """Judges the encoder and every baseline by their features; writes and returns the result.
 
-    `allow` refuses a bank that cannot be judged by, before anything is computed; `draw` may add pictures.
+    `allow` refuses a bank that cannot be judged by, before anything is computed; `draw` may add pictures, beside the
+    file of the result and named as it is.
     """
     cache = Cache(settings.home / "features" if settings.cache else None)
 
@@ -96,8 +101,6 @@ def run(settings: Judged, judge: Judge, device: torch.device, threads: int, prog
         vectors = [source.features(split, cache, settings, device, threads,
                                    functools.partial(progress, f"{source.name}, {name}"))
                    for name, split in (("bank", bank), ("query", query))]
-        if not all(bool(each.isfinite().all()) for each in vectors):
-            raise encoders.EncoderError(f"{source.name} gives features that are no numbers; its weights are damaged")
         return judge(vectors[0], bank, vectors[1], query)
 
     return compare(settings, judged, allow, draw)
@@ -115,7 +118,7 @@ def rehearse(settings: Eval, allow: Callable[[Any, Split], None] = lambda *_: No
             tiles = {"tiles to learn from": len(bank.taught), "tiles asked about": len(query.rows),
                      **({} if bank.valid_S is None else {"tiles to choose by": int(bank.valid_S.sum())}),
                      "classes": ", ".join(bank.classes) or "none", "warnings": [*dict.fromkeys(
-                         [*bank.remarks, *query.remarks, *_doubts(settings.encoder, query, leakage.overlap(
+                         [*bank.remarks, *query.remarks, *_doubts(settings, query, leakage.overlap(
                              settings.encoder, query))])]}
     elif isinstance(settings, Every):
         split = features.every(settings.data.shards, settings.data.split)
@@ -175,21 +178,24 @@ def compare(settings: Judged, judged: Callable[[Source, Split, Split], Verdict],
                        "unknown_patients": query.patients.count(UNKNOWN)},
             **({"curves": curves} if curves else {}),
             "seen_in_pretraining": seen,
-            "classes": bank.classes, "confusion": confusion, "pictures": draw(bank, query, out),
-            "warnings": [*dict.fromkeys([*bank.remarks, *query.remarks]), *_doubts(settings.encoder, query, seen)],
+            "classes": bank.classes, "confusion": confusion, "pictures": [],
+            "warnings": [*dict.fromkeys([*bank.remarks, *query.remarks]), *_doubts(settings, query, seen)],
             "asked": {"bank": data.bank, "query": data.hold or data.query, "targets": str(data.targets or ""),
-                      **({"valid": data.valid} if data.valid else {})},
+                      **({"valid": data.valid} if data.valid else {}),
+                      **({"part": data.part} if data.hold else {})},
             "seed": settings.seed,
         }
-    result["written"] = str(place(out, settings.protocol, result))
-    folder.write_json(Path(result["written"]), result)
+        path = place(out, settings.protocol, result)
+        result |= {"pictures": draw(bank, query, path), "written": str(path)}
+    folder.write_json(path, result)
     return result
 
 
 def place(out: Path, protocol: str, result: dict[str, Any]) -> Path:
-    """The file of a result; of other tiles than those that one there is of, another."""
+    """The file of a result; of other tiles than those that one there is of, or of an encoder elsewhere, another."""
     def tiles(told: dict[str, Any]) -> Any:
-        return [each["fingerprint"] for each in told["shards"]], told.get("asked")
+        return [each["fingerprint"] for each in told["shards"]], told.get("asked"), told.get("size"), \
+            told["encoder"].get("path")
 
     number = 1
     while True:
@@ -212,19 +218,21 @@ def _compared(settings: Judged) -> Iterator[tuple[Split, Split]]:
             features.labelled(data.shards, split, valid)
 
     bank = labelled(data.bank, data.valid if settings.CHOOSES else "")
+    names = data.bank or "all", data.query
     if data.hold:
         bank, query = features.held_out(bank, data.hold, data.part, settings.seed)
+        names = f"what is left of {data.bank or 'all'}", f"what data.hold={data.hold} holds out"
     else:
         query = labelled(data.query)
     with contextlib.closing(bank.reader), contextlib.closing(query.reader):
-        for name, split in ((data.bank, bank.part(bank.taught)), (data.query, query)):
+        for name, split in ((names[0], bank.part(bank.taught)), (names[1], query)):
             if split.targets_SC is None and len(split.labels_S.unique()) < 2:
                 raise ShardError(f"split {name!r} holds one class only: every guess would be right; label more classes")
             if split.targets_SC is not None and bool((split.targets_SC == split.targets_SC[0]).all(dim=0).any()):
                 raise ShardError(f"split {name!r} holds one value only of a column of {data.targets}: every guess "
                                  "would be right; leave that column out")
-        sides = {data.bank: bank, data.query: query} if bank.valid_S is None else {
-            data.bank: bank.part(bank.taught), data.valid: bank.part(np.flatnonzero(bank.valid_S)), data.query: query}
+        sides = {names[0]: bank, names[1]: query} if bank.valid_S is None else {
+            names[0]: bank.part(bank.taught), data.valid: bank.part(np.flatnonzero(bank.valid_S)), names[1]: query}
         for (name, one), (other_name, other) in itertools.combinations(sides.items(), 2):
             if shared := sorted(set(one.patients) & set(other.patients) - {UNKNOWN}):
                 raise ShardError(f"{len(shared)} patients are in both {name!r} and {other_name!r} ({shared[0]!r}, …): "
@@ -247,20 +255,40 @@ def figures(measure: metrics.Measure) -> dict[str, float]:
     return {name: round(value, 4) for name, value in measure(None).items() if np.isfinite(value)}
 
 
-def _doubts(encoder: str, query: Split, seen: dict[str, int] | None) -> list[str]:
+def _doubts(settings: Judged, query: Split, seen: dict[str, int] | None) -> list[str]:
     """Why the figures may be better or worse than they should."""
-    found = []
-    if seen and any(seen.values()):
-        found.append("the encoder was pretrained on " + ", ".join(f"{count} of the query's {name}" for name, count in
-                                                                  seen.items() if count) + "; this figure is too good")
+    found = _seen("the encoder", "this figure", seen) if seen is not None else []
+    about = _card(settings.encoder)
+    if seen is None and about:
+        found.append("whether the query was seen in pretraining is not known: pretraining.json is not beside the "
+                     "encoder, or damaged; export it again with: ssl-dist export RUN")
+    for name in settings.baselines:
+        if name not in BASELINES and (theirs := leakage.overlap(name, query)):
+            found += _seen(f"baseline {name}", "its figure", theirs)
     if unknown := query.patients.count(UNKNOWN):
         found.append(f"the patients of {unknown} query tiles are unknown; some may be in the bank as well")
     if (groups := len(set(query.groups))) < intervals.FEWEST:
         found.append(f"the query is of {groups} patients or slides, too few for intervals: figures may be chance")
-    trained = (encoders.card(encoder).get("ssl_dist") or {}).get("mpp") or []
     shown = sorted({round(float(each), 4) for each in query.reader.column("mpp", query.rows) if np.isfinite(each)})
-    strange = [each for each in shown if trained and min(abs(np.log2(each / other)) for other in trained) > APART]
-    if strange:
-        found.append(f"the query has tiles of {strange[0]:g} µm/px, and the encoder was trained at "
-                     f"{', '.join(f'{each:g}' for each in trained[:3])}; shard anew with mpp=[{trained[0]:g}]")
+    for who, told in (("the encoder", about), *((f"baseline {name}", _card(name)) for name in settings.baselines
+                                                if name not in BASELINES)):
+        trained = [each for each in told.get("mpp") or [] if isinstance(each, int | float) and each > 0]
+        strange = [each for each in shown if trained and min(abs(np.log2(each / other)) for other in trained) > APART]
+        if strange:
+            found.append(f"the query has tiles of {strange[0]:g} µm/px, and {who} was trained at "
+                         f"{', '.join(f'{each:g}' for each in trained[:3])}; shard anew with mpp=[{trained[0]:g}]")
     return found
+
+
+def _seen(who: str, what: str, seen: dict[str, int]) -> list[str]:
+    """A patient or slide is known by its name alone: another hospital's may be called the same."""
+    kinds = {"tiles": "of the query's tiles", "slides": "slides that are named as the query's",
+             "patients": "patients that are named as the query's"}
+    words = [f"{count} {kinds[name]}" for name, count in seen.items() if count]
+    return [f"{who} was pretrained on {', '.join(words)}; {what} is too good"] if words else []
+
+
+def _card(encoder: str) -> dict[str, Any]:
+    """What an encoder of ours says of itself."""
+    about = encoders.card(encoder).get("ssl_dist")
+    return about if isinstance(about, dict) else {}

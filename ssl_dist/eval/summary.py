@@ -43,6 +43,11 @@ def _figures(result: dict[str, Any]) -> Iterator[str]:
     between = {name: " ({:.3f} to {:.3f})".format(*edges) for name, edges in result["intervals"].items()}
     yield f"{result['protocol']}{knows}{leaked}: " + ", ".join(
         f"{name} {value:.3f}{between.get(name, '')}" for name, value in result["metrics"].items())
+    if "seen_in_pretraining" in result and result["protocol"] != "slide_linear":
+        seen = result["seen_in_pretraining"]
+        yield "of what is guessed, seen in pretraining: " + (
+            "not known" if seen is None else ", ".join(f"{count} {kind}" for kind, count in seen.items() if count)
+            or "nothing")
     for what, figures in result.get("seeds", {}).items():
         yield f"{what}, over seeds: " + ", ".join(f"{name} {each['mean']:.3f} ± {each['deviation']:.3f}"
                                                   for name, each in figures.items())

@@ -54,6 +54,11 @@ class Encoder(nn.Module):
         pixels_B3HW = pixels_BHW3.permute(0, 3, 1, 2).to(self._mean_C.dtype)
         return self.network((pixels_B3HW - self._mean_C) / self._std_C)
 
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What decides the vectors beside the weights."""
+        return {"architecture": self.name, "args": self.args, "mean": list(self.mean), "std": list(self.std)}
+
     @torch.no_grad()
     def tries(self, rows: int, size: int) -> None:
         """Refuses tiles that the network does not take; on the meta device, where nothing is computed, at once."""
