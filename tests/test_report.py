@@ -6,6 +6,7 @@ import io
 import json
 import math
 import re
+import shutil
 import statistics
 from datetime import UTC, datetime, timedelta
 from html.parser import HTMLParser
@@ -601,3 +602,16 @@ def test_the_report_imports_none_of_ours() -> None:
             for name in names:
                 ours = name.split(".")[0] in ("ssl_dist", "shards", "launch", "torch")
                 assert not ours or name.startswith("ssl_dist.report"), f"{file.name} imports {name}"
+
+
+def test_figures_of_other_tiles_are_said_not_to_compare(run: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(run, other)
+    for folder, splits, size in ((run, ["train", "test"], 64), (other, ["train", "valid"], 32)):
+        evaluate(folder, "knn", asked=dict(zip(("bank", "query"), splits, strict=True)), size=size,
+                 shards=[{"path": "x", "datasets": ["pcam"]}])
+    said = read(run, other)
+    assert "knn is not of the same tiles everywhere" in said.text
+    assert "pcam, train → test, 64 px" in said.text and "pcam, train → valid, 32 px" in said.text
+    evaluate(other, "knn", asked={"bank": "train", "query": "test"}, size=64)
+    assert "is not of the same tiles" not in read(run, other).text

@@ -95,6 +95,7 @@ class Evaluation:
     silent: bool  # the encoder does not say what it was pretrained on
     warnings: list[str]
     shards: list[Path]
+    asked: str  # of which tiles: their datasets, the splits, the pixels that the encoder saw
 
 
 @dataclass
@@ -336,7 +337,18 @@ def evaluation(file: Path, notes: list[str]) -> Evaluation:
         silent="seen_in_pretraining" in found and overlap is None,
         warnings=[text(words) for words in doubts] if isinstance(doubts, list) else [],
         shards=paths([one.get("path") for one in objects(found.get("shards"))]),
+        asked=asked_of(found),
     )
+
+
+def asked_of(found: dict[str, Any]) -> str:
+    """Of which tiles a result is, in words that differ where it may not be compared with another."""
+    asked = found.get("asked") if isinstance(found.get("asked"), dict) else {}
+    names = [text(name) for one in objects(found.get("shards")) for name in one.get("datasets") or []
+             if isinstance(one.get("datasets"), list)]
+    splits = " → ".join(text(asked.get(key)) or "all" for key in ("bank", "query")) if asked else ""
+    size = whole(found.get("size"))
+    return ", ".join(part for part in (" and ".join(names), splits, f"{size} px" if size else "") if part)
 
 
 def intervals_of(value: Any) -> dict[str, tuple[float, float]]:

@@ -133,6 +133,7 @@ def render(runs: list[collect.Run]) -> str:
         scores={run.name: scores(run) for run in runs},
         lead={run.name: lead(run) for run in runs},
         compared=compared(runs),
+        unlike=unlike(runs),
         differing=differing(runs),
         spans={run.name: spans(run) for run in runs},
         pictures={run.name: figures(run.pictures, PICTURES) for run in runs},
@@ -251,6 +252,16 @@ def compared(runs: list[collect.Run]) -> list[tuple[str, str]]:
     return list(columns.items())
 
 
+def unlike(runs: list[collect.Run]) -> dict[str, dict[str, list[str]]]:
+    """Of evaluations of one name that are not of the same tiles: of which they are, and of which runs."""
+    found: dict[str, dict[str, list[str]]] = {}
+    for run in runs:
+        for one in run.evaluations:
+            if one.metrics:
+                found.setdefault(one.name, {}).setdefault(one.asked or "not told", []).append(run.name)
+    return {name: told for name, told in found.items() if len(told) > 1}
+
+
 def passes(evaluation: collect.Evaluation) -> list[chart.Chart]:
     """What was learnt with every pass over the labels: one chart a figure, a line for the encoder and each baseline."""
     names = dict.fromkeys(name for rows in evaluation.passes.values() for row in rows for name in row)
@@ -366,7 +377,8 @@ def cards(shards: collect.Shards) -> tuple[list[str], list[list[str]]]:
 def figures(files: list[Path], most: int) -> tuple[list[Figure], int]:
     """Up to so many pictures, spread evenly over the files, and how many files there are."""
     chosen = files if len(files) <= most else [files[i * len(files) // most] for i in range(most)]
-    return [replace(figure(file), caption=CAPTIONS.get(file.name, "")) for file in chosen], len(files)
+    said = [CAPTIONS.get(re.sub(r"-\d+_", "_", file.name), "") for file in chosen]     # knn-2_…: of a second result
+    return [replace(figure(file), caption=words) for file, words in zip(chosen, said, strict=True)], len(files)
 
 
 def album(evaluation: collect.Evaluation) -> tuple[list[Figure], int]:
