@@ -15,7 +15,7 @@ from shards import index
 from shards.index import ShardError
 from ssl_dist import config
 from ssl_dist.config import ConfigError
-from ssl_dist.eval import features, knn, protocol
+from ssl_dist.eval import features, knn, protocol, summary
 from ssl_dist.eval.settings import Knn, Labelled
 from ssl_dist.models import encoder as encoders
 from ssl_dist.models.encoder import Encoder, EncoderError, salted
@@ -389,6 +389,8 @@ def test_a_baseline_that_saw_the_query_is_told_of_and_not_to_know_is_said(export
     pretrained_on(other, shard, "test", "tiles")
     found = evaluated(exported, shard, out=tmp_path, baselines=[str(other)])
     assert any(f"baseline {other} was pretrained on" in words for words in found["warnings"])
+    assert found["seen_by_baselines"][str(other)]["tiles"] == found["counts"]["queries"]
+    assert any(line.startswith(f"{other}, on tiles seen in pretraining: accuracy") for line in summary.lines(found))
     ours = saved(tmp_path / "ours" / "encoder", 5, method="simclr")
     assert any("seen in pretraining is not known" in words for words in evaluated(ours, shard)["warnings"])
     assert not any("not known:" in words for words in evaluated(exported, shard)["warnings"])

@@ -615,3 +615,11 @@ def test_figures_of_other_tiles_are_said_not_to_compare(run: Path, tmp_path: Pat
     assert "pcam, train → test, 64 px" in said.text and "pcam, train → valid, 32 px" in said.text
     evaluate(other, "knn", asked={"bank": "train", "query": "test"}, size=64)
     assert "is not of the same tiles" not in read(run, other).text
+
+
+def test_a_baseline_that_saw_what_it_is_asked_about_is_marked_at_its_own_figure(run: Path) -> None:
+    evaluate(run, "linear", metrics={"accuracy": 0.7}, baselines={"theirs": {"accuracy": 0.9}, "random": {
+        "accuracy": 0.5}}, seen_by_baselines={"theirs": {"tiles": 3}, "other": None})
+    said = read(run).text
+    assert "90.0 % seen in pretraining" in said
+    assert "50.0 % seen in pretraining" not in said and "70.0 % seen in pretraining" not in said

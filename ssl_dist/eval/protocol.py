@@ -178,6 +178,8 @@ def compare(settings: Judged, judged: Callable[[Source, Split, Split], Verdict],
                        "unknown_patients": query.patients.count(UNKNOWN)},
             **({"curves": curves} if curves else {}),
             "seen_in_pretraining": seen,
+            "seen_by_baselines": {name: leakage.overlap(name, query) for name in settings.baselines
+                                  if name not in BASELINES},
             "classes": bank.classes, "confusion": confusion, "pictures": [],
             "warnings": [*dict.fromkeys([*bank.remarks, *query.remarks]), *_doubts(settings, query, seen)],
             "asked": {"bank": data.bank, "query": data.hold or data.query, "targets": str(data.targets or ""),

@@ -18,7 +18,9 @@ def lines(result: dict[str, Any]) -> Iterator[str]:
     for words in result["warnings"]:
         yield f"warning: {words}"
     for name, figures in result["baselines"].items():
-        yield f"{name}: " + ", ".join(f"{key} {figures[key]:.3f}" for key in result["metrics"] if key in figures)
+        leaked = any((result.get("seen_by_baselines", {}).get(name) or {}).values())
+        yield f"{name}{', on tiles seen in pretraining' * leaked}: " + ", ".join(
+            f"{key} {figures[key]:.3f}" for key in result["metrics"] if key in figures)
         if apart := result["against"].get(name):
             yield f"  {result.get('model', 'the encoder')} has " + ", ".join(
                 "{} {:+.3f} ({:+.3f} to {:+.3f}, p {:g})".format(key, told["difference"], *told["interval"], told["p"])

@@ -92,6 +92,7 @@ class Evaluation:
     passes: dict[str, list[dict[str, float]]]  # what was learnt with every pass over the labels, by who learnt
     seeds: dict[str, dict[str, Spread]]  # by encoder and baselines, by metric
     seen: dict[str, int]  # of the query's tiles, slides, patients: how many the encoder was pretrained on, if any
+    leaked: set[str]  # baselines that were pretrained on some of the query
     silent: bool  # the encoder does not say what it was pretrained on
     warnings: list[str]
     shards: list[Path]
@@ -313,7 +314,7 @@ def evaluation(file: Path, notes: list[str]) -> Evaluation:
         else:
             notes.append(f"eval/{file.name} names a picture that is not there: {picture.name}")
     baselines, captions, doubts = found.get("baselines"), found.get("captions"), found.get("warnings")
-    overlap = found.get("seen_in_pretraining")
+    overlap, theirs = found.get("seen_in_pretraining"), found.get("seen_by_baselines")
     curves = curves_of(found.get("curves"))
     return Evaluation(
         name=file.stem,
@@ -334,6 +335,11 @@ def evaluation(file: Path, notes: list[str]) -> Evaluation:
         seen={name: count for name in SEEN if (count := whole(overlap.get(name)) or 0) > 0}
         if isinstance(overlap, dict)
         else {},
+        leaked={
+            text(name)
+            for name, told in (theirs.items() if isinstance(theirs, dict) else ())
+            if isinstance(told, dict) and any((whole(count) or 0) > 0 for count in told.values())
+        },
         silent="seen_in_pretraining" in found and overlap is None,
         warnings=[text(words) for words in doubts] if isinstance(doubts, list) else [],
         shards=paths([one.get("path") for one in objects(found.get("shards"))]),

@@ -84,6 +84,7 @@ class Score:
     chances: dict[str, float] = field(default_factory=dict)  # by baseline
     seeds: dict[str, collect.Spread] = field(default_factory=dict)  # of the encoder, and by baseline
     seen: dict[str, int] = field(default_factory=dict)  # of what was asked about, in pretraining
+    leaked: set[str] = field(default_factory=set)  # baselines that have seen some of it
 
     def better(self, baseline: str) -> bool:
         """Whether the encoder is the better one, and not by chance: of errors the smaller is."""
@@ -219,6 +220,7 @@ def scores(run: collect.Run) -> list[Score]:
                     chances,
                     seeds,
                     evaluation.seen,
+                    evaluation.leaked,
                 )
             )
     return found
