@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from shards.settings import WORDS, Settings
-from ssl_dist.models import ELSEWHERE
+from ssl_dist.models import absent
 
 _SHARD = {each.name: each for each in fields(Settings)}
 # What decides which tiles a slide has: what `ssl-dist shard` calls so, and means by it.
@@ -85,11 +85,7 @@ class Slides:
 
     def rules(self) -> list[str]:
         """What cannot be said of one value alone."""
-        broken = []
-        if not self.encoder.startswith(ELSEWHERE) and not Path(self.encoder).exists():
-            broken.append(f"encoder={self.encoder!r} is no folder here (looked in {Path.cwd()}); a run writes "
-                          "RUN/encoder when it ends, `ssl-dist export RUN` before; others are timm:NAME and "
-                          "hf-hub:OWNER/NAME")
+        broken = absent(self.encoder)
         if self.part:
             number, of = map(int, self.part.split("/"))
             if not 1 <= number <= of:

@@ -66,8 +66,7 @@ class Bags:
     @property
     def groups(self) -> np.ndarray:
         """What must not be torn apart: the patient of each slide, or the slide where the patient is not known."""
-        return np.array([patient or f"slide {slide}" for patient, slide in zip(self.patients, self.slides,
-                                                                               strict=True)])
+        return groups(self.patients, self.slides)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -76,6 +75,11 @@ class Bags:
         for path in self.paths:
             digest.update(path.name.encode() + b"\0" + hashlib.sha256(path.read_bytes()).digest())
         return digest.hexdigest()
+
+
+def groups(patients: list[str], slides: list[str]) -> np.ndarray:
+    """The patient of each, or its slide where the patient is not known: what must not be torn apart."""
+    return np.array([patient or f"slide {slide}" for patient, slide in zip(patients, slides, strict=True)])
 
 
 def _pitch(corner_N2: np.ndarray) -> float:

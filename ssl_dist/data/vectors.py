@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from shards.index import ShardError
-from ssl_dist.data.bags import Bags
+from ssl_dist.data.bags import Bags, groups
 
 POOLED: dict[str, Any] = {"mean": np.mean, "max": np.max}
 
@@ -34,8 +34,7 @@ class Vectors:
     @property
     def groups(self) -> np.ndarray:
         """What must not be torn apart: the patient of each slide, or the slide where the patient is not known."""
-        return np.array([patient or f"slide {slide}" for patient, slide in zip(self.patients, self.slides,
-                                                                               strict=True)])
+        return groups(self.patients, self.slides)
 
 
 def read(source: Path, pooling: str = "mean") -> Vectors:

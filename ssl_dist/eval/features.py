@@ -21,6 +21,7 @@ from torch import Tensor
 
 from shards.index import NO_LABEL, ShardError
 from ssl_dist.data import opencv
+from ssl_dist.data.bags import groups
 from ssl_dist.data.decode import Decoder
 from ssl_dist.data.loader import Undecodable
 from ssl_dist.data.reader import Reader
@@ -77,8 +78,7 @@ class Split:
     @property
     def groups(self) -> np.ndarray:
         """What must not be torn apart: the patient of each tile, or its slide where the patient is not known."""
-        return np.array([patient or f"slide {slide}" for patient, slide in zip(self.patients, self.slides,
-                                                                               strict=True)])
+        return groups(self.patients, self.slides)
 
 
 def labelled(shards: list[Path], split: str, valid: str = "") -> Split:

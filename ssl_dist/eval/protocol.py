@@ -118,8 +118,8 @@ def rehearse(settings: Eval, allow: Callable[[Any, Split], None] = lambda *_: No
             tiles = {"tiles to learn from": len(bank.taught), "tiles asked about": len(query.rows),
                      **({} if bank.valid_S is None else {"tiles to choose by": int(bank.valid_S.sum())}),
                      "classes": ", ".join(bank.classes) or "none", "warnings": [*dict.fromkeys(
-                         [*bank.remarks, *query.remarks, *_doubts(settings, query, leakage.overlap(
-                             settings.encoder, query))])]}
+                         [*bank.remarks, *query.remarks, *_doubts(settings, query, _overlaps(
+                             settings, query))])]}
     elif isinstance(settings, Every):
         split = features.every(settings.data.shards, settings.data.split)
         split.reader.close()
@@ -163,7 +163,7 @@ def compare(settings: Judged, judged: Callable[[Source, Split, Split], Verdict],
         drawn, own = intervals.drawings(query.groups, settings.seed), verdicts.pop("encoder")
         confusion = [] if query.targets_SC is not None else metrics.confusion(
             query.labels_S.numpy(), own.scores_QC.argmax(axis=1), len(bank.classes)).astype(int).tolist()
-        seen = leakage.overlap(settings.encoder, query)
+        seen = _overlaps(settings, query)
         result = {
             "protocol": settings.protocol, "size": sources[0].size, **own.facts,
             "encoder": sources[0].told(settings), "shards": bank.told(settings.data.shards),
@@ -177,9 +177,8 @@ def compare(settings: Judged, judged: Callable[[Source, Split, Split], Verdict],
                        "query_patients": len(set(query.patients) - {UNKNOWN}), "shared_patients": 0,
                        "unknown_patients": query.patients.count(UNKNOWN)},
             **({"curves": curves} if curves else {}),
-            "seen_in_pretraining": seen,
-            "seen_by_baselines": {name: leakage.overlap(name, query) for name in settings.baselines
-                                  if name not in BASELINES},
+            "seen_in_pretraining": seen["encoder"],
+            "seen_by_baselines": {name: told for name, told in seen.items() if name != "encoder"},
             "classes": bank.classes, "confusion": confusion, "pictures": [],
             "warnings": [*dict.fromkeys([*bank.remarks, *query.remarks]), *_doubts(settings, query, seen)],
             "asked": {"bank": data.bank, "query": data.hold or data.query, "targets": str(data.targets or ""),
@@ -257,27 +256,32 @@ def figures(measure: metrics.Measure) -> dict[str, float]:
     return {name: round(value, 4) for name, value in measure(None).items() if np.isfinite(value)}
 
 
-def _doubts(settings: Judged, query: Split, seen: dict[str, int] | None) -> list[str]:
+def _overlaps(settings: Judged, query: Split) -> dict[str, dict[str, int] | None]:
+    """What of the query the encoder was pretrained on, and every baseline that is an encoder."""
+    others = [name for name in settings.baselines if name not in BASELINES]
+    return {"encoder": leakage.overlap(settings.encoder, query),
+            **{name: leakage.overlap(name, query) for name in others}}
+
+
+def _doubts(settings: Judged, query: Split, seen: dict[str, dict[str, int] | None]) -> list[str]:
     """Why the figures may be better or worse than they should."""
-    found = _seen("the encoder", "this figure", seen) if seen is not None else []
-    about = _card(settings.encoder)
-    if seen is None and about:
+    cards = {name: _card(settings.encoder if name == "encoder" else name) for name in seen}
+    who = {name: "the encoder" if name == "encoder" else f"baseline {name}" for name in seen}
+    found = [words for name, told in seen.items() if told for words in _seen(
+        who[name], "this figure" if name == "encoder" else "its figure", told)]
+    if seen["encoder"] is None and cards["encoder"]:
         found.append("whether the query was seen in pretraining is not known: pretraining.json is not beside the "
                      "encoder, or damaged; export it again with: ssl-dist export RUN")
-    for name in settings.baselines:
-        if name not in BASELINES and (theirs := leakage.overlap(name, query)):
-            found += _seen(f"baseline {name}", "its figure", theirs)
     if unknown := query.patients.count(UNKNOWN):
         found.append(f"the patients of {unknown} query tiles are unknown; some may be in the bank as well")
     if (groups := len(set(query.groups))) < intervals.FEWEST:
         found.append(f"the query is of {groups} patients or slides, too few for intervals: figures may be chance")
     shown = sorted({round(float(each), 4) for each in query.reader.column("mpp", query.rows) if np.isfinite(each)})
-    for who, told in (("the encoder", about), *((f"baseline {name}", _card(name)) for name in settings.baselines
-                                                if name not in BASELINES)):
+    for name, told in cards.items():
         trained = [each for each in told.get("mpp") or [] if isinstance(each, int | float) and each > 0]
         strange = [each for each in shown if trained and min(abs(np.log2(each / other)) for other in trained) > APART]
         if strange:
-            found.append(f"the query has tiles of {strange[0]:g} µm/px, and {who} was trained at "
+            found.append(f"the query has tiles of {strange[0]:g} µm/px, and {who[name]} was trained at "
                          f"{', '.join(f'{each:g}' for each in trained[:3])}; shard anew with mpp=[{trained[0]:g}]")
     return found
 

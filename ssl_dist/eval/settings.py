@@ -1,11 +1,12 @@
 """What an evaluation is told: a dataclass a protocol, of what they share and what is its own. Imports no torch."""
 
 import re
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ssl_dist.models import ELSEWHERE
+from ssl_dist.models import ELSEWHERE, absent
 
 BASELINES = "random", "colours"
 CHANCE = "chance"       # the baseline of what has no encoder
@@ -62,7 +63,7 @@ class Labelled:
 
 
 @dataclass(kw_only=True)
-class Protocol:
+class Protocol(ABC):
     """`ssl-dist eval`: what every protocol is told."""
 
     protocol: str
@@ -79,9 +80,14 @@ class Protocol:
         return []
 
     @property
+    @abstractmethod
+    def beside(self) -> Path:
+        """Where results go if nobody says: next to what is judged."""
+
+    @property
     def home(self) -> Path:
         """Where results go."""
-        raise NotImplementedError
+        return self.out or self.beside
 
 
 @dataclass(kw_only=True)
@@ -97,16 +103,11 @@ class Eval(Protocol):
 
     def rules(self) -> list[str]:
         """What cannot be said of one value alone."""
-        if self.encoder.startswith(ELSEWHERE) or Path(self.encoder).exists():
-            return super().rules()
-        return [f"encoder={self.encoder!r} is no folder here (looked in {Path.cwd()}); a run writes RUN/encoder when "
-                "it ends, `ssl-dist export RUN` before; others are timm:NAME and hf-hub:OWNER/NAME"]
+        return super().rules() + absent(self.encoder)
 
     @property
-    def home(self) -> Path:
-        """Where results go: `out`, or eval/ beside the encoder; of one that is no folder, below eval/ here."""
-        if self.out:
-            return self.out
+    def beside(self) -> Path:
+        """eval/ beside the encoder; of one that is no folder, below eval/ here."""
         if self.encoder.startswith(ELSEWHERE):
             return Path("eval") / re.sub(r"[^\w.-]+", "_", self.encoder)
         return Path(self.encoder).parent / "eval"
@@ -273,9 +274,9 @@ class SlideLinear(Protocol):
             for source in self.baselines if source != CHANCE and not Path(source).exists())]
 
     @property
-    def home(self) -> Path:
-        """Where results go: `out`, or beside the vectors."""
-        return self.out or self.vectors.parent
+    def beside(self) -> Path:
+        """The folder of the vectors."""
+        return self.vectors.parent
 
 
 @dataclass(kw_only=True)
@@ -318,9 +319,9 @@ class Mil(Protocol):
                                     if not each > 0)]
 
     @property
-    def home(self) -> Path:
-        """Where results go: `out`, or beside the bags."""
-        return self.out or self.bags.parent
+    def beside(self) -> Path:
+        """The folder of the bags' folder."""
+        return self.bags.parent
 
 
 PROTOCOLS: dict[str, type[Protocol]] = {

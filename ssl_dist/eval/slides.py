@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from shards.index import ShardError
-from ssl_dist.data.bags import Bags
+from ssl_dist.data.bags import Bags, groups
 
 NAMED = "slide", "patient"                  # by which a table may name what it tells of
 NOTHING = "nan", "na", "n/a", "null"       # how programs write an empty cell: no class is meant
@@ -38,8 +38,7 @@ class Slides:
     @property
     def groups(self) -> np.ndarray:
         """What must not be torn apart: the patient of each slide, or the slide where the patient is not known."""
-        return np.array([patient or f"slide {slide}" for patient, slide in zip(self.patients, self.slides,
-                                                                               strict=True)])
+        return groups(self.patients, self.slides)
 
     def part(self, chosen: np.ndarray) -> "Slides":
         """Those of its slides."""
