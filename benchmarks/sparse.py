@@ -116,7 +116,7 @@ def contest(tiles: Tiles, device: torch.device, rounds: int) -> dict[str, Any]:
     torch.manual_seed(0)
     encoder = SlideEncoder().to(device)
     dense = Dense(encoder).to(device)
-    features_TD = torch.randn(len(tiles[0]), encoder.width)
+    features_TD = torch.randn(len(tiles[0]), encoder.tiles)
     grid_BDHW, mask_B1HW = gridded(features_TD, tiles)
     told = [each.to(device) for each in (features_TD, *tiles[:2])]
     grids = [grid_BDHW.to(device), mask_B1HW.to(device)]

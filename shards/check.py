@@ -27,20 +27,20 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
-from shards import folder, index
+from shards import draws, folder, index
 from shards.index import ShardError
+from shards.tar import Member
 
 Progress = Callable[[str, int, int], None]
 T = TypeVar("T")
-Member = tuple[str, int, int, str]      # extension, offset of the data, size, name: as index.idx wants them
 Sample = list[Member]                   # its image first
 
 BLOCK = 512                             # bytes: the unit of a tar
 NAME = re.compile(rb"([a-z0-9_-]{1,80})\.([a-z0-9]+(?:\.[a-z0-9]+)*)")
 EXTRAS = ("instances.png", "types.png")
 # What the members of one sample may be, in their order.
-KINDS = {(image, "json", *extras) for image in ("jpg", "png")
-         for extras in ((), *((extra,) for extra in EXTRAS), *itertools.permutations(EXTRAS))}
+KINDS = {(draws.KIND, "json"), *((image, "json", *extras) for image in ("jpg", "png")
+                                 for extras in ((), *((extra,) for extra in EXTRAS), *itertools.permutations(EXTRAS)))}
 HEADERS_AT_ONCE = 4096                  # headers whose checksums are taken together
 TILES_AT_ONCE = 256                     # tiles that a process decodes before it reports
 # Columns of words, of which the table holds codes.
@@ -422,6 +422,9 @@ def undecodable(path: Path, samples: list[Sample]) -> list[str]:
                 said.append(f"{key}.json cannot be read ({error!r}); {AGAIN}")
                 continue
             for extension, content in parts.items():
+                if extension == draws.KIND:
+                    said += _flaw(key, content, [width, height])
+                    continue
                 try:
                     with Image.open(io.BytesIO(content), formats=("JPEG" if extension == "jpg" else "PNG",)) as image:
                         # Before it is decoded: a few bytes may claim to be gigabytes of pixels.
@@ -433,6 +436,16 @@ def undecodable(path: Path, samples: list[Sample]) -> list[str]:
                 except Exception as error:      # whatever a decoder raises, the tile is what it is about
                     said.append(f"{key}.{extension} cannot be decoded ({' '.join(str(error).split())}); {AGAIN}")
     return said
+
+
+def _flaw(key: str, content: bytes, shape: list[int]) -> list[str]:
+    """What is wrong with a draw, if anything is."""
+    try:
+        found = list(draws.unpacked(content).features_TD.shape)
+    except ShardError as error:
+        return [f"{key}.{draws.KIND} cannot be read ({error}); {AGAIN}"]
+    return [] if found == shape else [f"{key}.{draws.KIND} holds {found[0]} tiles of {found[1]} numbers, its JSON says "
+                                      f"{shape[0]} of {shape[1]}; {AGAIN}"]
 
 
 # --- mending the table

@@ -79,6 +79,11 @@ class Index:
         return sum(tar.samples for tar in self.tars)
 
 
+def draws(index: Index) -> int:
+    """How many draws there are of every slide (draws.py); 0: the folder holds tiles."""
+    return int(index.datasets[0].get("draws") or 0)
+
+
 def read(folder: Path) -> Index:
     """The index of a finished shard folder."""
     path = folder / "index.json"

@@ -15,6 +15,7 @@ import pyarrow as pa
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from shards import folder, index
+from shards.index import ShardError
 
 Colour = tuple[int, int, int]
 
@@ -137,6 +138,9 @@ class Group:
 def sheets(shard: Path, columns: int = 12, rows: int = 24) -> list[Path]:
     """Contact sheets of a shard folder by class, by slide and, where they are known, by site: at most `rows` lines."""
     found, table = index.read(shard), index.samples(shard)
+    if index.draws(found):
+        raise ShardError(f"{shard} holds draws of slides, which are numbers and no pictures; look at the shards that "
+                         "they were made of")
     title = ", ".join(card["name"] for card in found.datasets)
     written, out = [], folder.make(shard / "sheets")
     for name, codes, names in groupings(shard, found, table):

@@ -1,4 +1,4 @@
-"""One tar and its idx, written from the spool: whole or absent, and not written twice."""
+"""One tar and its idx: from the spool whole or absent, and not written twice."""
 
 import contextlib
 import hashlib
@@ -6,9 +6,10 @@ import json
 import os
 import tarfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -16,6 +17,7 @@ from shards import folder, index, spool
 from shards.index import ShardError
 
 BYTES_AT_ONCE = 128 << 20       # tiles that a process holds while it writes
+Member = tuple[str, int, int, str]      # extension, offset of the data, size, name: as index.idx wants them
 END = bytes(2 * tarfile.BLOCKSIZE)
 
 
@@ -26,29 +28,36 @@ def write(path: Path, work: Path, rows: np.ndarray) -> tuple[index.Tar, np.ndarr
         return old
     with folder.storage(path):
         draft = path.with_name(f".{path.name}.tmp")
-        digest, offsets, members, end = hashlib.sha256(), np.empty(len(rows), np.int64), [], 0
         with draft.open("wb") as out:
-            for number, (row, image, about) in enumerate(_images(work, rows)):
-                name = row["key"].decode()
-                # JSON after the image: webdataset and DALI group neighbours of one name into one sample.
-                first, second = _member(f"{name}.jpg", image), _member(f"{name}.json", about)
-                for content in (first, second):
-                    out.write(content)
-                    digest.update(content)
-                offsets[number] = start = end + tarfile.BLOCKSIZE
-                members.append([("jpg", start, len(image), f"{name}.jpg"),
-                                ("json", end + len(first) + tarfile.BLOCKSIZE, len(about), f"{name}.json")])
-                end += len(first) + len(second)
-            out.write(END)
-            digest.update(END)
+            digest, members = store(out, "jpg", ((row["key"].decode(), image, about)
+                                                 for row, image, about in _images(work, rows)))
             out.flush()
             os.fsync(out.fileno())
             size = out.tell()
+        offsets = np.array([sample[0][1] for sample in members], np.int64)
         folder.publish(draft, path)
         folder.write(path.with_suffix(".idx"), index.idx(members))
-        tar = index.Tar(path.name, len(rows), size, digest.hexdigest())
+        tar = index.Tar(path.name, len(rows), size, digest)
         folder.write(note, json.dumps({"told": told, "tar": asdict(tar), "offsets": offsets.tolist()}))
     return tar, offsets
+
+
+def store(out: BinaryIO, kind: str, samples: Iterable[tuple[str, bytes, bytes]]) -> tuple[str, list[list[Member]]]:
+    """Writes a tar of samples (key, content, JSON), whose contents are of one kind: its SHA-256, and where each member
+    lies."""
+    digest, members, end = hashlib.sha256(), [], 0
+    for name, content, about in samples:
+        # JSON after the content: webdataset and DALI group neighbours of one name into one sample.
+        first, second = _member(f"{name}.{kind}", content), _member(f"{name}.json", about)
+        for part in (first, second):
+            out.write(part)
+            digest.update(part)
+        members.append([(kind, end + tarfile.BLOCKSIZE, len(content), f"{name}.{kind}"),
+                        ("json", end + len(first) + tarfile.BLOCKSIZE, len(about), f"{name}.json")])
+        end += len(first) + len(second)
+    out.write(END)
+    digest.update(END)
+    return digest.hexdigest(), members
 
 
 def _written(path: Path, note: Path, told: str) -> tuple[index.Tar, np.ndarray] | None:

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from torch import nn
 
 from shards import folder
 from ssl_dist import __version__, provenance, schema
 from ssl_dist import config as configs
 from ssl_dist.data.reader import Reader
 from ssl_dist.models import encoder as encoders
-from ssl_dist.models.encoder import Encoder
 from ssl_dist.provenance import FIGURES, Dataset, Effort, Evaluation, Facts, Score, a_dict, a_list, printable, under
 
 logger = logging.getLogger(__name__)
@@ -73,6 +73,43 @@ What was set otherwise than by default:
   known. Features may tell a scanner or a hospital apart; keep the tiles of a patient, better of a site, on one side of
   a split.
 """
+OWN = """# {architecture} encoder, {method} on {count:,} {samples} of histology
+
+A network of ssl_dist's own ({parameters:,} weights) that makes {width} numbers, pretrained without labels by `{method}`
+with ssl_dist {version}{unfinished}. **For research only, not for diagnosis.**
+
+## Use
+
+```python
+from pathlib import Path
+
+from ssl_dist.models import own
+
+encoder = own.load(Path(".")).eval()    # in this folder
+```
+
+## Trained on
+
+{data}
+
+The licences of the data may bind these weights as well: read them before you use them or pass them on.
+`pretraining.json` holds salted digests of slides and patients; nobody is named.
+
+## Training
+
+{training}
+
+What was set otherwise than by default:
+
+```yaml
+{settings}```
+
+## Limits
+
+- Research only. Neither the weights nor any figure of them were made or checked for diagnosis, or for any decision
+  about a patient.
+- What it is worth on tissue of another organ, stain or scanner, is not known until it is evaluated there.
+"""
 PLAIN = """---
 library_name: timm
 license: other
@@ -114,7 +151,7 @@ about.
 """
 
 
-def write(home: Path, run: Path, forms: dict[str, str], encoder: Encoder, train: configs.Train, reader: Reader,
+def write(home: Path, run: Path, forms: dict[str, str], encoder: nn.Module, train: configs.Train, reader: Reader,
           step: int) -> None:
     """Writes README.md into an encoder's folder. What a card could not tell is no reason to lose an encoder."""
     try:
@@ -127,17 +164,35 @@ def write(home: Path, run: Path, forms: dict[str, str], encoder: Encoder, train:
 
 def told(facts: Facts) -> str:
     """The card: metadata as the Hugging Face hub reads it, and text for a reader."""
+    if not facts.timm:
+        return _own(facts)
     train, mpp = facts.train, _mpp({each for one in facts.datasets for each in one.mpp})
     front = yaml.safe_dump(metadata(facts), sort_keys=False, allow_unicode=True)
     return FRONT.format(front) + CARD.format(
         architecture=facts.architecture, method=train.method["name"], tiles=sum(one.tiles for one in facts.datasets),
         parameters=facts.parameters, width=facts.width, version=_version(facts), size=facts.size, mean=facts.mean,
         std=facts.std, mpp=mpp, use=USE.format(width=facts.width), forms=_forms(facts), data=_data(facts.datasets),
-        unfinished=f", and is of step {facts.step:,} of {train.steps:,}" if facts.step < train.steps else "",
+        unfinished=_unfinished(facts),
         choice=_choice(facts), training=_training(facts), settings=_settings(facts), results=_results(facts),
         views="\n".join(map(_view, getattr(facts.method, "views", ()))) or "- not told by the method",
         organs=_listed(word for one in facts.datasets for word in one.organs),
         stains=_listed(word for one in facts.datasets for word in one.stains))
+
+
+def _own(facts: Facts) -> str:
+    """The card of a network that timm does not know."""
+    front = {"library_name": "ssl_dist", "license": "other", "license_name": "see-the-licences-of-its-data",
+             "data_licences": sorted({word for one in facts.datasets for word in one.licences}),
+             "tags": ["histology", "pathology", "self-supervised", facts.train.method["name"]]}
+    return FRONT.format(yaml.safe_dump(front, sort_keys=False, allow_unicode=True)) + OWN.format(
+        architecture=facts.architecture, method=facts.train.method["name"], samples=facts.samples,
+        count=sum(one.tiles for one in facts.datasets), parameters=facts.parameters, width=facts.width,
+        version=_version(facts), unfinished=_unfinished(facts), data=_data(facts.datasets, facts.samples),
+        training=_training(facts), settings=_settings(facts))
+
+
+def _unfinished(facts: Facts) -> str:
+    return f", and is of step {facts.step:,} of {facts.train.steps:,}" if facts.step < facts.train.steps else ""
 
 
 def metadata(facts: Facts) -> dict[str, Any]:
@@ -156,10 +211,14 @@ def metadata(facts: Facts) -> dict[str, Any]:
             **({"model-index": [{"name": f"{facts.architecture}-{method}", "results": results}]} if results else {})}
 
 
-def _data(found: list[Dataset]) -> str:
+def _data(found: list[Dataset], samples: str = "tiles") -> str:
     def patients(one: Dataset) -> str:
         return " and ".join([*([f"{one.patients:,}"] if one.patients else []), *(["unknown"] if one.strangers else [])])
 
+    if samples == "slides":
+        rows = [[one.name, f"{one.slides:,}", patients(one), _mpp(one.mpp).removesuffix(" µm/px"),
+                 ", ".join(one.licences)] for one in found]
+        return _table(["dataset", "slides", "patients", "µm/px", "licence"], rows)
     rows = [[one.name, f"{one.tiles:,}", f"{one.slides:,}" + (", one a tile" if one.slides == one.tiles > 1 else ""),
              patients(one), ", ".join(one.organs), ", ".join(one.stains),
              _mpp(one.mpp).removesuffix(" µm/px"), ", ".join(one.licences)] for one in found]
@@ -191,7 +250,8 @@ def _training(facts: Facts) -> str:
     written = f" ({train.optim.lr:g} for {configs.LR_TILES} tiles a step, {train.optim.scale})" if scale != 1 else ""
     return _table(["", ""], [
         ["method", train.method["name"]],
-        ["tiles seen", f"{seen:,} ({facts.step:,} steps of {train.data.batch:,}), {seen / read:.3g} times those above"],
+        [f"{facts.samples} seen", f"{seen:,} ({facts.step:,} steps of {train.data.batch:,}), {seen / read:.3g} times "
+                                  "those above"],
         ["optimizer", f"{train.optim.name}, learning rate {scale * train.optim.lr:.4g}{written}, "
                       f"{train.optim.warmup:.0%} warm-up, then half a cosine to {scale * train.optim.final_lr:.4g}"],
         ["precision, seed", f"{train.precision}, {train.seed}"],

@@ -645,6 +645,28 @@ def embed(config: Config, overrides: Overrides = None, print_config: PrintConfig
     return 3 if failed > settings.max_failed else 0
 
 
+@app.command()
+@verb
+def draw(config: Config, overrides: Overrides = None, print_config: PrintConfig = False, dry_run: DryRun = False,
+         debug: Debug = False) -> None:         # noqa: ARG001
+    """Draws of slides out of shards of tiles: what an encoder makes of some tiles, again and again, for Giga-SSL."""
+    from ssl_dist import config as configs
+    from ssl_dist import schema
+    from ssl_dist.slides import Draws
+
+    settings = schema.load(Draws, configs.recipe(config), overrides or [])
+    if print_config:
+        return say(schema.dump(settings).rstrip())
+    from ssl_dist import dist
+    from ssl_dist import draw as draws
+
+    if dry_run:
+        return say(*draws.rehearse(settings))
+    with bars() as progress:
+        done = draws.run(settings, dist.device(settings.device), settings.threads or dist.cores(), progress)
+    return say(*draws.lines(done, settings))
+
+
 def _paced(progress: Callable[..., None], last: list[float], what: str, done: int, total: int, pace: str) -> None:
     """A bar on a terminal, and a line a minute in a file: a night's job is looked at in its log."""
     progress(what, done, total, pace)

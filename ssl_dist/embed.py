@@ -125,7 +125,7 @@ def looked(settings: Slides) -> Looks:
     """Which encoder it is; refuses a size that it does not take, at once."""
     size = settings.resize or encoders.trained_size(settings.encoder)
     with torch.device("meta"):
-        network = encoders.build(settings.encoder).eval()
+        network = encoders.build(settings.encoder).ends_at(settings.stage).eval()
         network.tries(1, size)
     return Looks(network.name, encoders.digest(settings.encoder), size, network.identity)
 
@@ -152,7 +152,7 @@ def run(settings: Slides, device: torch.device, threads: int, progress: Progress
             _failed(job, summary, source, why)
         held.callback(_list, out)
         if job.left:
-            _embed(job, summary, encoders.load(settings.encoder), device, threads, progress)
+            _embed(job, summary, encoders.load(settings.encoder).ends_at(settings.stage), device, threads, progress)
     return summary
 
 
@@ -268,6 +268,7 @@ def _store(form: str, path: Path, vectors_ND: np.ndarray, corner_N2: np.ndarray,
         arrays.write_bag(path, vectors_ND, corner_N2, {
             "slide": source.slide, "patient": source.patient, "dataset": dataset, "mpp": end.mpp,
             "encoder": job.looks.architecture, "encoder_sha256": job.looks.sha256, "size": job.looks.size,
+            **({} if job.settings.stage is None else {"stage": job.settings.stage}),
             "decided": json.dumps({**job.decided, **_told(source)}, sort_keys=True)}, wide=end.side)
         return
     count = len(corner_N2)

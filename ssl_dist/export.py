@@ -10,18 +10,20 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
-from shards import folder
+from shards import folder, index
 from ssl_dist import card
 from ssl_dist import config as configs
 from ssl_dist.data.reader import Reader
 from ssl_dist.models import encoder as encoders
+from ssl_dist.models import own
 from ssl_dist.models.encoder import Encoder, salted
 
 FORMS = {"onnx": "model.onnx", "torchscript": "model.torchscript.pt"}
 
 
-def export(encoder: Encoder, train: configs.Train, reader: Reader, step: int, out: Path,
+def export(encoder: nn.Module, train: configs.Train, reader: Reader, step: int, out: Path,
            check: Callable[[], None] = lambda: None, forms: Iterable[str] = ()) -> Path:
     """Writes the folder whole under its name, below its run's, and then other `forms` into it; `check` refuses where it
     may no longer be written."""
@@ -30,8 +32,11 @@ def export(encoder: Encoder, train: configs.Train, reader: Reader, step: int, ou
     draft = folder.make(out.with_name(f".{out.name}.tmp"))
     facts = _facts(reader)
     size = max((view["size"] for view in train.method.get("views", [])), default=None)     # of the large crops
-    encoder.save(draft, size, {"version": __version__, "method": train.method["name"], "mpp": facts["mpp"],
-                                           "step": step})
+    about = {"version": __version__, "method": train.method["name"], "mpp": facts["mpp"], "step": step}
+    if isinstance(encoder, Encoder):
+        encoder.save(draft, size, about)
+    else:
+        own.save(encoder, draft, {**about, **_tile_encoder(reader)})
     folder.write(draft / "pretraining.json", json.dumps({**facts, "method": train.method["name"], "step": step,
                                                          "seen": step * train.data.batch}) + "\n")
     for other in FORMS.values():        # of the same weights, what was written besides is still true
@@ -45,6 +50,13 @@ def export(encoder: Encoder, train: configs.Train, reader: Reader, step: int, ou
         portable(out, kind)
         card.write(out, out.parent, FORMS, encoder, train, reader, step)        # it tells of what lies there
     return out
+
+
+def _tile_encoder(reader: Reader) -> dict[str, Any]:
+    """Of draws, which encoder saw the tiles."""
+    found = reader.indexes[0]
+    return {"tile_encoder_sha256": found.datasets[0]["encoder_sha256"],
+            "tile_stage": found.settings.get("stage")} if index.draws(found) else {}
 
 
 class NotPortable(RuntimeError):
@@ -101,7 +113,8 @@ def _facts(reader: Reader) -> dict[str, Any]:
     names = {"slides": reader.distinct("slide"), "patients": reader.distinct("patient") - {""}}
     tiles = sorted(digest.hex() for digest in reader.column("digest", rows))
     mpp = np.unique(np.round(np.array(reader.column("mpp", rows), dtype=np.float64), 4))
-    return {"salt": salt, "counts": {"tiles": len(rows), **{name: len(words) for name, words in names.items()}},
+    what = "draws" if index.draws(reader.indexes[0]) else "tiles"
+    return {"salt": salt, "counts": {what: len(rows), **{name: len(words) for name, words in names.items()}},
             "mpp": [float(each) for each in mpp if np.isfinite(each)],
             **{name: _salted(salt, words) for name, words in names.items()}, "tiles": _salted(salt, tiles)}
 

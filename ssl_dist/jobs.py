@@ -25,9 +25,9 @@ from launch.job import Cluster, Local
 from shards import folder
 from ssl_dist import config, lock, schema
 from ssl_dist.config import ConfigError
-from ssl_dist.slides import Slides
+from ssl_dist.slides import Draws, Slides
 
-VERBS = ("train", "embed", "shard", "eval", "bench")
+VERBS = ("train", "embed", "draw", "shard", "eval", "bench")
 EXAMPLE = "ssl-dist launch local ranks=2 -- train CONFIG key=value …"
 SWITCHES = ("print", "unchecked", "debug")
 ALLOW = "--allow-change="
@@ -84,7 +84,7 @@ def parse(where: str, arguments: list[str]) -> Asked:
         place = words.index("--allow-change")
         words[place:place + 2] = ["=".join(words[place:place + 2])]
     if strange := [word for word in words if word.startswith("-") and word != "--debug" and not word.startswith(ALLOW)
-                   and verb in ("train", "embed", "shard", "eval")]:
+                   and verb in ("train", "embed", "draw", "shard", "eval")]:
         raise ConfigError([f"{strange[0]} is no option that a launch hands on to {verb}: --debug and --allow-change "
                            "are; --print-config and --dry-run go without a launch"])
     return Asked(where, job, recipe, verb, words, switches, sizes or [job.nodes] if where == "slurm" else [])
@@ -169,7 +169,8 @@ class LaunchFailed(RuntimeError):
 
 def _submit(asked: Asked, say: Say, check: Check) -> int:
     """On a cluster."""
-    works = {"train": _trains, "embed": _embeds, "shard": _shards, "eval": _evals, "bench": _scales}[asked.verb](asked)
+    works = {"train": _trains, "embed": _embeds, "draw": _draws, "shard": _shards, "eval": _evals,
+             "bench": _scales}[asked.verb](asked)
     if "unchecked" not in asked.switches:
         if broken := list(dict.fromkeys(words for work in works for words in slurm.refused(asked.job, work))):
             raise ConfigError(broken)
@@ -287,6 +288,17 @@ def _embeds(asked: Asked) -> list[slurm.Work]:
     command, parts = ["embed", *asked.words], asked.job.parts
     commands = [[*command, f"part={number + 1}/{parts}"] for number in range(parts)] if parts > 1 else [command]
     return [slurm.Work(out.name, out.parent / f"{out.name}.launch", commands, gpus=asked.job.gpus)]
+
+
+def _draws(asked: Asked) -> list[slurm.Work]:
+    """A task a part, each with GPUs of its own, and a last job that publishes."""
+    out = schema.load(Draws, config.recipe(asked.words[0]), asked.overrides).out
+    home, command, parts = out.parent / f"{out.name}.launch", ["draw", *asked.words], asked.job.parts
+    if parts == 1:
+        return [slurm.Work(out.name, home, [command], gpus=asked.job.gpus)]
+    commands = [[*command, f"part={number + 1}/{parts}"] for number in range(parts)]
+    return [slurm.Work(out.name, home, commands, gpus=asked.job.gpus),
+            slurm.Work(f"{out.name}-publish", home, [command], after=[out.name])]
 
 
 def _evals(asked: Asked) -> list[slurm.Work]:

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from shards import index
 from ssl_dist import config as configs
 from ssl_dist.data.reader import Reader
 from ssl_dist.models import encoder as encoders
@@ -89,9 +90,11 @@ class Facts:
     """All that the card tells."""
 
     architecture: str
+    timm: bool                      # or a network of ours
+    samples: str                    # what it learnt of: tiles or slides
     width: int
     parameters: int
-    size: int
+    size: int                       # of a network of timm's
     mean: list[float]
     std: list[float]
     sha256: str
@@ -107,15 +110,17 @@ class Facts:
     evaluations: list[Evaluation]
 
 
-def gathered(home: Path, run: Path, forms: dict[str, str], encoder: Encoder, train: configs.Train, reader: Reader,
+def gathered(home: Path, run: Path, forms: dict[str, str], encoder: Any, train: configs.Train, reader: Reader,
              step: int) -> Facts:
     """The facts of the encoder in `home`, of a run folder; `forms`: by kind, the files that may lie beside it."""
     sha256 = encoders.digest(home)
     known = {found.fingerprint: [card["name"] for card in found.datasets] for found in reader.indexes}
     counted = datasets(reader)
+    timm = isinstance(encoder, Encoder)
     return Facts(
-        encoder.name, encoder.width, sum(each.numel() for each in encoder.network.parameters()),
-        encoders.trained_size(home), list(encoder.mean), list(encoder.std), sha256,
+        encoder.name, timm, "slides" if index.draws(reader.indexes[0]) else "tiles", encoder.width,
+        sum(each.numel() for each in encoder.parameters()), encoders.trained_size(home) if timm else 0,
+        list(encoder.mean) if timm else [], list(encoder.std) if timm else [], sha256,
         {kind: name for kind, name in forms.items() if (home / name).is_file()}, train, configs.method_config(train),
         step, counted, sum(found.samples for found in reader.indexes),
         sum(each.patients for each in counted) - len(reader.distinct("patient") - {""}),

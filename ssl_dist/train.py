@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -30,8 +30,8 @@ from ssl_dist.collapse import PATIENCE
 from ssl_dist.collapse import Watch as Symptoms
 from ssl_dist.config import ConfigError, Train
 from ssl_dist.data import mixture, stain, sweep
-from ssl_dist.data.batch import Batch
-from ssl_dist.data.loader import Loader
+from ssl_dist.data.batch import Batch, View
+from ssl_dist.data.loader import Ahead, Loader, SlideLoader
 from ssl_dist.data.quarantine import Quarantine
 from ssl_dist.data.reader import Reader
 from ssl_dist.data.stage import Stage
@@ -42,6 +42,7 @@ from ssl_dist.log import Clock, Ledger, Log
 from ssl_dist.methods.base import Method
 from ssl_dist.models.batchnorm import has_any, synchronise
 from ssl_dist.models.encoder import Encoder
+from ssl_dist.models.sparse import SlideEncoder
 from ssl_dist.watch import Watch
 
 logger = logging.getLogger(__name__)
@@ -59,7 +60,7 @@ class Parts:
     device: torch.device
     engine: Engine
     method: Method
-    loader: Loader
+    loader: Ahead
     saver: checkpoint.Saver
     log: Log
     ledger: Ledger | None
@@ -116,7 +117,7 @@ def train(settings: Train, allowed: Sequence[str] = ()) -> int:
             reader = _reader(settings)
             dist.once(reader.verify)
             settings = config.with_steps(settings, _stream(settings, reader).steps_an_epoch)
-            _tries(settings, _plan(settings), dist.world())
+            _tries(settings, _plan(settings), dist.world(), reader)
             if words := _imitated(settings, device):
                 _tell(f"warning: {words}")
             identity = _identity(settings, reader)
@@ -162,6 +163,8 @@ def _built(settings: Train, path: Path, run: runs.Run, device: torch.device, rea
     threads = settings.data.threads or threads
     stream = _stream(settings, reader)
     method = build(settings).to(device)
+    if not found:
+        method.begin()
     if settings.compile:
         _compile(method)
     optimizer = optim.build(method, settings.optim, method.resting())
@@ -182,7 +185,7 @@ def _built(settings: Train, path: Path, run: runs.Run, device: torch.device, rea
                 finite.Statistics(method), asked,
                 {"identity": identity, "way": way, "left_out": before.get("left_out", [])})
     own.log.text("config", schema.dump(settings), start)
-    if dist.rank() == 0 and start == 0 and settings.log.pictures:
+    if dist.rank() == 0 and start == 0 and settings.log.pictures and isinstance(own.loader, Loader):
         _draw_views(own.loader, settings.log.pictures, path, own.log)
     return own
 
@@ -205,7 +208,7 @@ def _train(own: Parts, start: int) -> int:
         return PREEMPTED
     if step == settings.steps and dist.rank() == 0:
         points.at("export", step)
-        export.export(_encoder(own.method), settings, own.loader.reader, step, own.path / "encoder", own.saver.check)
+        export.export(own.method.encoder, settings, own.loader.reader, step, own.path / "encoder", own.saver.check)
     dist.barrier()
     run.ends("done" if step == settings.steps else "stopped", 0, step)
     return 0
@@ -331,13 +334,24 @@ def _gradients(engine: Engine, parts: list[Batch], progress: float, step: int) -
 def build(settings: Train) -> Method:
     """The method with its encoder, on every rank the same weights."""
     torch.manual_seed(settings.seed)
-    encoder = Encoder(settings.encoder.name, settings.encoder.args, settings.encoder.mean, settings.encoder.std)
+    encoder = _network(settings)
     if settings.encoder.checkpointing:
+        if not isinstance(encoder, Encoder):
+            raise ConfigError(["encoder.checkpointing=true is for networks of timm; leave it out"])
         encoder.checkpoint()
     method = methods.load(settings.method["name"]).Method(config.method_config(settings), encoder)
     if settings.encoder.batchnorm == "synchronised":
         synchronise(method, settings.encoder.batchnorm_ranks)
     return method
+
+
+def _network(settings: Train) -> torch.nn.Module:
+    asked = settings.encoder
+    return _kind(settings).network(asked.name, asked.args, asked.mean, asked.std)
+
+
+def _kind(settings: Train) -> type[Method]:
+    return methods.load(settings.method["name"]).Method
 
 
 def _plan(settings: Train) -> Method:
@@ -346,20 +360,29 @@ def _plan(settings: Train) -> Method:
         return build(settings)
 
 
-def _tries(settings: Train, plan: Method, world: int) -> None:
+def _tries(settings: Train, plan: Method, world: int, reader: Reader) -> None:
     """Refuses what the encoder would choke on at the first step."""
     tiles = config.rank_batch(settings, world) // settings.accumulate
     if settings.encoder.batchnorm == "synchronised":
         tiles *= settings.encoder.batchnorm_ranks or world
     with torch.device("meta"):
-        encoder = Encoder(settings.encoder.name, settings.encoder.args, settings.encoder.mean, settings.encoder.std)
+        encoder = _network(settings)
     if tiles == 1 and has_any(encoder):
         raise ConfigError([f"data.batch={settings.data.batch} on {world} ranks shows BatchNorm one tile at a time, "
                            "which it cannot learn from; use a larger data.batch"
                            + (", a smaller accumulate" if settings.accumulate > 1 else "")
                            + (", or encoder.batchnorm=synchronised" if settings.encoder.batchnorm == "local" else "")])
-    for size in sorted({view.size for view in plan.views}):
-        encoder.tries(tiles, size)
+    if isinstance(encoder, Encoder):
+        for size in sorted({view.size for view in plan.views if isinstance(view, View)}):
+            encoder.tries(tiles, size)
+    if isinstance(encoder, SlideEncoder):
+        if len({found.datasets[0].get("encoder_sha256") for found in reader.indexes}) > 1:
+            raise ConfigError([f"{', '.join(map(str, reader.folders))} are draws by different encoders of tiles; draw "
+                               "them all by one"])
+        for home, found in zip(reader.folders, reader.indexes, strict=True):
+            if (width := found.datasets[0].get("width")) != encoder.tiles:
+                raise ConfigError([f"{home} holds vectors of {width} numbers, and the encoder takes {encoder.tiles}; "
+                                   f"use encoder.args.tiles={width}"])
 
 
 def _imitated(settings: Train, device: torch.device) -> str:
@@ -406,7 +429,7 @@ def from_checkpoint(settings: Train, path: Path, owner: lock.Owner, forms: Seque
         raise ConfigError([f"{path} has no complete checkpoint to export; train it first"])
     method = build(settings)
     method.load_state_dict(checkpoint.weights(newest))
-    return export.export(_encoder(method), settings, _reader(settings),
+    return export.export(method.encoder, settings, _reader(settings),
                          checkpoint.state(newest)["step"], path / "encoder", owner.check, forms)
 
 
@@ -415,7 +438,8 @@ def _reader(settings: Train) -> Reader:
     if data.stage and data.stage.exists() and not data.stage.is_dir():
         raise ConfigError([f"data.stage={data.stage} is a file; name a folder on a local disk"])
     stage = Stage(data.stage, int(data.stage_gb * 1e9)) if data.stage else None
-    return Reader(data.shards, data.split, data.only, data.block, stage, data.readers)
+    return Reader(data.shards, data.split, data.only, data.block, stage, data.readers,
+                  slides=_kind(settings).INPUT == "bags")
 
 
 def _stream(settings: Train, reader: Reader) -> Stream:
@@ -435,17 +459,21 @@ def _stream(settings: Train, reader: Reader) -> Stream:
 
 
 def _loader(settings: Train, path: Path, reader: Reader, stream: Stream, method: Method, device: torch.device,
-            threads: int, way: str) -> Loader:
+            threads: int, way: str) -> Ahead:
     data = settings.data
     listed = Quarantine(path / "quarantine.jsonl", data.max_bad) if data.bad == "quarantine" else None
-    return Loader(reader, stream, method.views, rank=dist.rank(), world=dist.world(), device=device, threads=threads,
-                  ahead=data.ahead, quarantine=listed, fit=stain.read(data.stain) if data.stain else None, way=way)
+    if method.INPUT == "bags":
+        return SlideLoader(reader, stream, cast(Any, method.views), rank=dist.rank(), world=dist.world(),
+                           ahead=data.ahead, quarantine=listed)
+    return Loader(reader, stream, cast(Any, method.views), rank=dist.rank(), world=dist.world(), device=device,
+                  threads=threads, ahead=data.ahead, quarantine=listed,
+                  fit=stain.read(data.stain) if data.stain else None, way=way)
 
 
 def _way(settings: Train, reader: Reader, stream: Stream, device: torch.device, threads: int,
          before: str | None) -> str:
     """How tiles are decoded: as this run did `before`, for two decoders differ by a grey level here and there."""
-    if device.type == "cpu":
+    if device.type == "cpu" or _kind(settings).INPUT == "bags":
         return "cpu"
     if settings.data.decode != "auto":
         return settings.data.decode
@@ -464,7 +492,7 @@ def rehearse(settings: Train, world: int, allowed: Sequence[str] = ()) -> dict[s
     stream = _stream(settings, reader)
     settings = config.with_steps(settings, stream.steps_an_epoch)
     method = _plan(settings)
-    _tries(settings, method, world)
+    _tries(settings, method, world, reader)
     weights = sum(parameter.numel() for parameter in method.parameters())
     path = Path(settings.run)
     words = _imitated(settings, dist.device(settings.device))
@@ -514,12 +542,6 @@ def _room(settings: Train, reader: Reader) -> dict[str, Any]:
     room = stage.used() + shutil.disk_usage(_writable(stage.folder)).free
     return {"stage, GB": f"{wanted:g}" if room >= stage.limit else
             f"{wanted:g}, but its disk has room for {room / 1e9:.3f}: no more will be kept there"}
-
-
-def _encoder(method: Method) -> Encoder:
-    if not isinstance(method.encoder, Encoder):
-        raise TypeError(f"{type(method).__module__} holds an encoder of type {type(method.encoder).__name__}")
-    return method.encoder
 
 
 def _finished(found: Path, identity: dict[str, Any], settings: Train, path: Path, allowed: Sequence[str]) -> bool:

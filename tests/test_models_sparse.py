@@ -220,7 +220,7 @@ def test_the_mlp_knows_nothing_of_places_and_the_sparse_one_does() -> None:
 
 def kept(encoder: SlideEncoder, tiles: Tiles) -> int:
     """Bytes that a forward pass keeps for the backward one, weights aside."""
-    features_TD = torch.zeros(len(tiles[0]), encoder.width, requires_grad=True)
+    features_TD = torch.zeros(len(tiles[0]), encoder.tiles, requires_grad=True)
     weights = {each.untyped_storage().data_ptr() for each in encoder.state_dict().values()}
     found: dict[int, int] = {}
 

@@ -61,7 +61,7 @@ class Bags:
         features_ND, corner_N2 = arrays.read_bag(self.paths[row])
         if not np.isfinite(features_ND).all():
             raise ShardError(f"{self.paths[row]} holds features that are no numbers; embed that slide again")
-        return Bag(features_ND, corner_N2, self.facts[row].get(arrays.WIDE) or _pitch(corner_N2))
+        return Bag(features_ND, corner_N2, self.facts[row].get(arrays.WIDE) or pitch(corner_N2))
 
     @property
     def groups(self) -> np.ndarray:
@@ -82,7 +82,8 @@ def groups(patients: list[str], slides: list[str]) -> np.ndarray:
     return np.array([patient or f"slide {slide}" for patient, slide in zip(patients, slides, strict=True)])
 
 
-def _pitch(corner_N2: np.ndarray) -> float:
-    """From tile to tile: the least distance that occurs along an axis; of one tile any."""
-    steps = [np.diff(np.unique(axis)) for axis in corner_N2.T]
-    return float(min((each.min() for each in steps if len(each)), default=1))
+def pitch(corner_N2: np.ndarray) -> float:
+    """From tile to tile: the least distance that occurs along an axis, or what all distances say of it more exactly,
+    for corners are whole pixels; of one tile any."""
+    gaps = np.concatenate([np.diff(np.unique(axis)) for axis in corner_N2.T])
+    return float(gaps.sum() / np.rint(gaps / gaps.min()).sum()) if len(gaps) else 1.0

@@ -1,6 +1,7 @@
 """Stream -> bytes -> pixels -> Batch, always ahead of the step."""
 
 import threading
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -9,46 +10,36 @@ from functools import lru_cache, partial
 import numpy as np
 import torch
 
+from shards.draws import Draw, unpacked
 from shards.index import ShardError
 from ssl_dist import dist
-from ssl_dist.data import augment, dali, opencv, stain
-from ssl_dist.data.batch import Batch, View
+from ssl_dist.data import augment, dali, opencv, slideviews, stain
+from ssl_dist.data.batch import Batch, SlideView, View
 from ssl_dist.data.decode import Decoder
 from ssl_dist.data.quarantine import Quarantine, instead
 from ssl_dist.data.reader import Reader
 from ssl_dist.data.stream import Stream
 
-TURNS = 16          # tiles tried for one place
+TURNS = 16          # tiles, or slides, tried for one place
 CHANGED = "its bytes changed on disk"
 
 
-class Loader:
-    """The batches of one rank, from any step on. It holds no state but what it has prepared."""
+class Ahead(ABC):
+    """The batches of one rank, from any step on, made before they are asked for. It holds no state but what it has
+    prepared."""
 
-    def __init__(self, reader: Reader, stream: Stream, views: tuple[View, ...], *, rank: int, world: int,
-                 device: torch.device, threads: int, ahead: int, quarantine: Quarantine | None = None,
-                 fit: stain.Fit | None = None, way: str = "cpu"):
-        """`quarantine`: where tiles that cannot be used are listed; without it the first of them ends the batches.
-        `fit`: what stain-fit found, for views that need it. `way`: how tiles are decoded for a GPU (dali.WAYS)."""
+    def __init__(self, reader: Reader, stream: Stream, *, rank: int, world: int, ahead: int,
+                 quarantine: Quarantine | None = None):
+        """`quarantine`: where samples that cannot be used are listed; without it the first of them ends the batches."""
         self.quarantine = quarantine
-        self._palette = Palettes(reader, fit) if fit and any(view.fitted for view in views) else None
-        self.reader, self.stream, self.views = reader, stream, views
-        self.rank, self.world, self.device, self.ahead = rank, world, device, ahead
-        share = stream.batch // world
+        self.reader, self.stream, self.rank, self.world, self.ahead = reader, stream, rank, world, ahead
         # Two makers: one reads the next batch while the other's views are drawn.
         self._makers = ThreadPoolExecutor(2, thread_name_prefix="batch")
-        self._painters = ThreadPoolExecutor(threads, thread_name_prefix="view")
-        self._reading, self._drawing, self._listing = threading.Lock(), threading.Lock(), threading.Lock()
-        self._decoder = Decoder(share, threads)
-        self._draw: Callable[[list[np.ndarray], list[augment.Numbers], np.ndarray], list[torch.Tensor]]
-        if device.type == "cuda":
-            # What the GPU's decoder does not take (CMYK, 16 bits, ...), the CPU's may: so a batch has a second chance.
-            self._drawers = [lru_cache(maxsize=1)(partial(dali.Drawer, views, share, threads, device.index or 0, each))
-                             for each in dict.fromkeys((way, "cpu"))]
-            self._draw = self._on_gpu
-        else:
-            opencv.one_thread()
-            self._draw = self._on_cpu
+        self._reading, self._listing = threading.Lock(), threading.Lock()
+
+    @abstractmethod
+    def make(self, step: int) -> Batch:
+        """This rank's share of the global batch `step` (from 0)."""
 
     def batches(self, start: int, stop: int) -> Iterator[Batch]:
         """The batches of steps start .. stop - 1."""
@@ -67,6 +58,46 @@ class Loader:
         finally:
             for future in waiting:
                 future.cancel()
+
+    def close(self) -> None:
+        """Ends the threads."""
+        self.reader.stop_staging()      # a maker may wait for a copy
+        self._makers.shutdown(wait=True, cancel_futures=True)
+        self.reader.close()
+
+    def _another(self, row: int, tar: int, epoch: int, position: int, turn: int, reason: str) -> int:
+        """Lists a sample that cannot be used; the row of another of its tar, which its position alone decides."""
+        assert self.quarantine is not None
+        key, path, offset = self.reader.place(row)
+        with self._listing:
+            self.quarantine.add(key, str(path), offset, reason)
+        member = instead(self.stream.seed, epoch, position, turn, int(self.reader.counts[tar]))
+        return int(self.reader.rows(np.array([tar]), np.array([member]))[0])
+
+
+class Loader(Ahead):
+    """Batches of tiles."""
+
+    def __init__(self, reader: Reader, stream: Stream, views: tuple[View, ...], *, rank: int, world: int,
+                 device: torch.device, threads: int, ahead: int, quarantine: Quarantine | None = None,
+                 fit: stain.Fit | None = None, way: str = "cpu"):
+        """`fit`: what stain-fit found, for views that need it. `way`: how tiles are decoded for a GPU (dali.WAYS)."""
+        super().__init__(reader, stream, rank=rank, world=world, ahead=ahead, quarantine=quarantine)
+        self._palette = Palettes(reader, fit) if fit and any(view.fitted for view in views) else None
+        self.views, self.device = views, device
+        share = stream.batch // world
+        self._painters = ThreadPoolExecutor(threads, thread_name_prefix="view")
+        self._drawing = threading.Lock()
+        self._decoder = Decoder(share, threads)
+        self._draw: Callable[[list[np.ndarray], list[augment.Numbers], np.ndarray], list[torch.Tensor]]
+        if device.type == "cuda":
+            # What the GPU's decoder does not take (CMYK, 16 bits, ...), the CPU's may: so a batch has a second chance.
+            self._drawers = [lru_cache(maxsize=1)(partial(dali.Drawer, views, share, threads, device.index or 0, each))
+                             for each in dict.fromkeys((way, "cpu"))]
+            self._draw = self._on_gpu
+        else:
+            opencv.one_thread()
+            self._draw = self._on_cpu
 
     def make(self, step: int) -> Batch:
         """This rank's share of the global batch `step` (from 0)."""
@@ -109,14 +140,9 @@ class Loader:
     def _instead(self, place: int, reason: str, rows: np.ndarray, tars: np.ndarray, epoch: int,
                  positions: np.ndarray) -> np.ndarray:
         """Lists the tile at `place` and puts another there: one of its tar, which its position alone decides."""
-        assert self.quarantine is not None
         tar, position = int(tars[place]), int(positions[place])
         for turn in range(TURNS):
-            key, path, offset = self.reader.place(int(rows[place]))
-            with self._listing:
-                self.quarantine.add(key, str(path), offset, reason)
-            member = instead(self.stream.seed, epoch, position, turn, int(self.reader.counts[tar]))
-            rows[place] = self.reader.rows(np.array([tar]), np.array([member]))[0]
+            rows[place] = self._another(int(rows[place]), tar, epoch, position, turn, reason)
             with self._reading:
                 image = self.reader.fetch(rows[[place]])[0]
             if image is None:
@@ -155,10 +181,63 @@ class Loader:
 
     def close(self) -> None:
         """Ends the threads."""
-        self.reader.stop_staging()      # a maker may wait for a copy
-        self._makers.shutdown(wait=True, cancel_futures=True)
+        super().close()
         self._painters.shutdown(wait=True)
-        self.reader.close()
+
+
+class SlideLoader(Ahead):
+    """Batches of slides: of each, tiles of as many of its draws as there are views."""
+
+    def __init__(self, reader: Reader, stream: Stream, views: tuple[SlideView, ...], *, rank: int, world: int,
+                 ahead: int, quarantine: Quarantine | None = None):
+        super().__init__(reader, stream, rank=rank, world=world, ahead=ahead, quarantine=quarantine)
+        self.views = views
+
+    def make(self, step: int) -> Batch:
+        """This rank's share of the global batch `step` (from 0)."""
+        stream, epoch = self.stream, self.stream.epoch(step)
+        positions = stream.positions(step, self.rank, self.world)
+        tars, members = stream.locate(epoch, positions)
+        drawn = [slideviews.numbers(view, stream.seed, epoch, number, int(positions[0]), len(positions))
+                 for number, view in enumerate(self.views)]
+        which_VB = slideviews.chosen(drawn, self.reader.draws)
+        first_B = self.reader.rows(tars, members)
+        read = self._read((first_B + which_VB).T.ravel())       # of a slide, one draw after the other
+        draws = [self._sound(read[place * len(drawn):(place + 1) * len(drawn)], first_B, which_VB, place,
+                             int(tars[place]), epoch, position) for place, position in enumerate(positions.tolist())]
+        views = [torch.from_numpy(each) for number, numbers in enumerate(drawn)
+                 for each in slideviews.view([own[number] for own in draws], numbers)]
+        return Batch(views, [], first_B + which_VB[0], positions)
+
+    def _read(self, rows: np.ndarray) -> list[Draw | str]:
+        """The draws of rows, or why one cannot be used."""
+        with self._reading:
+            contents = self.reader.read(rows) if self.quarantine is None else self.reader.fetch(rows)
+        return [_draw(content) for content in contents]
+
+    def _sound(self, read: list[Draw | str], first_B: np.ndarray, which_VB: np.ndarray, place: int, tar: int,
+               epoch: int, position: int) -> list[Draw]:
+        """The draws of one slide; where one cannot be used all are another slide's, and so is its row in `first_B`."""
+        for turn in range(TURNS):
+            bad = next((number for number, each in enumerate(read) if isinstance(each, str)), None)
+            if bad is None:
+                return read     # type: ignore[return-value]
+            row = int(first_B[place] + which_VB[bad, place])
+            if self.quarantine is None:
+                key, path, _ = self.reader.place(row)
+                raise ShardError(f"draw {key!r} of {path} cannot be used: {read[bad]}; its bytes are as written, so it "
+                                 "was broken before: draw again")
+            first_B[place] = self._another(row, tar, epoch, position, turn, str(read[bad]))
+            read = self._read(first_B[place] + which_VB[:, place])
+        raise ShardError(f"{self.reader.tars[tar]} holds {TURNS} bad draws for one place; run: ssl-dist check "
+                         f"{self.reader.tars[tar].parent} --decode")
+
+
+def _draw(content: np.ndarray | None) -> Draw | str:
+    try:
+        return CHANGED if content is None else unpacked(content)
+    except ShardError as error:
+        return str(error)
 
 
 class Palettes:

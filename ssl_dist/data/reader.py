@@ -30,10 +30,12 @@ class Reader:
     `only` keeps to words of some columns ({"organ": ["breast"], "mpp": [0.5]}); `block` is a file of keys, or of
     dataset/key, to leave out.
     With a `stage`, tars are read from copies on a local disk where there are any, and folders may be URLs.
+    Of folders of draws (`slides`), what is counted and numbered within a tar are slides: a member's row is that of its
+    first draw, and its others are the rows after it.
     """
 
     def __init__(self, folders: Sequence[Path | str], split: str = "", only: dict[str, list] | None = None,
-                 block: Path | None = None, stage: Stage | None = None, readers: int = 1):
+                 block: Path | None = None, stage: Stage | None = None, readers: int = 1, *, slides: bool = False):
         self.folders, self.split, self.stage = [stages.place(folder) for folder in folders], split, stage
         self.only = {**({"split": [split]} if split else {}), **(only or {})}
         blocked = _keys(block) if block else None
@@ -42,6 +44,7 @@ class Reader:
         fingerprints = [found.fingerprint for found in self.indexes]
         if len(set(fingerprints)) < len(fingerprints):
             raise ShardError(f"{', '.join(map(str, self.folders))} hold the same shards more than once; name each once")
+        self.draws = self._draws(slides)                    # of each slide; 1 where rows are tiles
         self.tables = [index.samples(home) for home in self._homes]
         self.tars: list[Path | Url] = []
         self._copies: list[Copy] = []                       # of each tar, where there is a stage
@@ -55,12 +58,14 @@ class Reader:
             own = None if blocked is None else _own(blocked, found.datasets[0]["name"])
             chosen = _rows_of(table, found, self.only, own)
             places = edges if chosen is None else np.searchsorted(chosen, edges)
+            if chosen is not None and self.draws > 1:
+                self._whole(folder, chosen)
             self.tars += [folder / tar.name for tar in found.tars]
             self._copies += [stage.copy(folder, found.fingerprint, tar) for tar in found.tars] if stage else []
             spans += [(number, first) for first in places[:-1].tolist()]
             self._selected.append(chosen)
-            counts.append(np.diff(places))
-        self.counts = np.concatenate(counts)                # samples a tar
+            counts.append(np.diff(places) // self.draws)
+        self.counts = np.concatenate(counts)                # samples a tar, or slides
         self._span_folder, self._span_first = np.array(spans, np.int64).reshape(-1, 2).T
         # Straight from the map: nothing is copied but what is asked for.
         self._places = [[index.column(table, name).to_numpy() for name in ("tar", "offset", "size", "crc32")]
@@ -92,8 +97,28 @@ class Reader:
 
     @property
     def sizes(self) -> np.ndarray:
-        """Samples of each dataset."""
+        """Samples of each dataset, or slides."""
         return np.bincount(self.dataset_of, self.counts, len(self.datasets)).astype(np.int64)
+
+    def _draws(self, slides: bool) -> int:
+        """How many draws there are of every slide in all folders; 1 of folders of tiles."""
+        counts = [index.draws(found) for found in self.indexes]
+        for folder, count in zip(self.folders, counts, strict=True):
+            if bool(count) != slides:
+                raise ShardError(f"{folder} holds draws of slides, and what is asked for are tiles; name the shards "
+                                 "that they were made of" if count else f"{folder} holds tiles, and what is asked for "
+                                 "are draws of slides; make them with: ssl-dist draw CONFIG out=FOLDER")
+        if len(set(counts)) > 1:
+            raise ShardError(f"{', '.join(map(str, self.folders))} hold {', '.join(map(str, counts))} draws of a "
+                             "slide; make them all with the same draws=")
+        return max(counts[0], 1)
+
+    def _whole(self, folder: Path | Url, chosen: np.ndarray) -> None:
+        """Refuses a choice of some draws of a slide and not of others."""
+        groups = chosen[:len(chosen) // self.draws * self.draws].reshape(-1, self.draws) if len(chosen) else chosen
+        if len(chosen) % self.draws or (groups // self.draws != groups[:, :1] // self.draws).any():
+            raise ShardError(f"of {folder} some draws of a slide are chosen and others left out; data.only and "
+                             "data.block choose whole slides there")
 
     def _home(self, folder: Path | Url) -> Path:
         if isinstance(folder, Path):
@@ -144,7 +169,7 @@ class Reader:
 
     def rows(self, tars: np.ndarray, members: np.ndarray) -> np.ndarray:
         """Catalogue rows of members (numbered within the split) of tars."""
-        folder, places = self._span_folder[tars], self._span_first[tars] + members
+        folder, places = self._span_folder[tars], self._span_first[tars] + members * self.draws
         for number in np.unique(folder).tolist():
             if (chosen := self._selected[number]) is not None:
                 here = folder == number

@@ -245,6 +245,25 @@ class Look(Every):
 
 
 @dataclass(kw_only=True)
+class SlideEmbed(Protocol):
+    """One vector a slide."""
+
+    protocol: str = "slide_embed"
+    encoder: Path = field(metadata={"exists": True, "help": "folder of a slide encoder, as a run of method gigassl "
+                                                            "writes it"})
+    bags: Path = field(metadata={"exists": True, "help": "a folder of slides, an HDF5 file each: their tiles by the "
+                                                         "encoder and stage that the slide encoder learnt on"})
+    views: int = field(default=100, metadata={"range": (1, 10**6), "help": "of each slide, of which the mean is taken"})
+    tiles: int = field(default=5, metadata={"range": (1, 10**6), "help": "of a view"})
+    batch: int = field(default=256, metadata={"range": (1, 10**6), "help": "views looked at together"})
+
+    @property
+    def beside(self) -> Path:
+        """The folder of the encoder's folder."""
+        return self.encoder.absolute().parent / "eval"
+
+
+@dataclass(kw_only=True)
 class SlideLinear(Protocol):
     """Logistic regression on one vector a slide."""
 
@@ -326,4 +345,4 @@ class Mil(Protocol):
 
 PROTOCOLS: dict[str, type[Protocol]] = {
     "knn": Knn, "linear": Linear, "sgd": Sgd, "low": Low, "finetune": Finetune, "embed": Embed, "look": Look,
-    "slide_linear": SlideLinear, "mil": Mil}
+    "slide_embed": SlideEmbed, "slide_linear": SlideLinear, "mil": Mil}

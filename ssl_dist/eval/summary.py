@@ -7,7 +7,7 @@ from typing import Any
 def lines(result: dict[str, Any]) -> Iterator[str]:
     """What was found, how sure it is, what it is to be held against, and where it is written."""
     counts = result["counts"]
-    if result["protocol"] == "embed":
+    if result["protocol"] in ("embed", "slide_embed"):
         yield "{tiles} tiles of {slides} slides, {width} numbers each".format(**counts)
     elif result["protocol"] == "look":
         yield "{tiles} tiles of {slides} slides: ".format(**counts) + ", ".join(result["pictures"])

@@ -7,13 +7,15 @@ import copy
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssl_dist import dist
-from ssl_dist.data.batch import Batch, View, each
+from ssl_dist.data.batch import Batch, SlideView, View, each
+from ssl_dist.models.encoder import Encoder
 
 FEW = 8     # tiles, of which the spread says nothing
 
@@ -22,10 +24,18 @@ class Method(nn.Module, ABC):
     """An encoder and what teaches it. The training loop knows nothing else."""
 
     encoder: nn.Module              # what evaluation loads
-    views: tuple[View, ...]         # what the data path must cut
-    INPUT = "tiles"                 # or "bags"
+    views: tuple[View, ...] | tuple[SlideView, ...]         # what the data path must cut
+    INPUT = "tiles"                 # or "bags": draws of slides, and its views are SlideView
     WHOLE = ""                      # what the loss takes from all tiles of a step, so that parts would change the loss
     chance = math.inf               # the loss of one who knows nothing, where there is such a number
+
+    @staticmethod
+    def network(name: str, args: dict[str, Any], mean: tuple[float, ...], std: tuple[float, ...]) -> nn.Module:
+        """The encoder that the settings ask for: timm's, unless the method has networks of its own."""
+        return Encoder(name, args, mean, std)
+
+    def begin(self) -> None:
+        """Before the first step of a run: weights that it does not begin with at random."""
 
     @abstractmethod
     def forward(self, batch: Batch, progress: float) -> dict[str, Tensor]:

@@ -36,6 +36,7 @@ class Encoder(nn.Module):
         super().__init__()
         args = {key: value for key, value in args.items() if value is not None}     # null takes a recipe's away
         self.name, self.args, self.mean, self.std = name, args, tuple(mean), tuple(std)
+        self._stage: int | None = None
         try:
             self.network = timm.create_model(name, pretrained=False, num_classes=0, **_tuples(args))
             # Where the head has a layer of its own (MobileNetV3, VGG), num_features is the width before that layer.
@@ -52,12 +53,30 @@ class Encoder(nn.Module):
         """uint8 (B, H, W, 3) -> (B, D)."""
         # A permuted view of HWC is channels_last already: no copy but the one that changes the type.
         pixels_B3HW = pixels_BHW3.permute(0, 3, 1, 2).to(self._mean_C.dtype)
-        return self.network((pixels_B3HW - self._mean_C) / self._std_C)
+        pixels_B3HW = (pixels_B3HW - self._mean_C) / self._std_C
+        if self._stage is None:
+            return self.network(pixels_B3HW)
+        (found_BDHW,) = cast(Any, self.network).forward_intermediates(
+            pixels_B3HW, indices=[self._stage], stop_early=True, intermediates_only=True)
+        return found_BDHW.flatten(2).mean(dim=2)
+
+    def ends_at(self, stage: int | None) -> "Encoder":
+        """From now on its vectors are the means of what one of its stages makes, as timm counts them (of a ResNet 3 is
+        layer3); None: what the whole network makes."""
+        names = [each["module"] for each in cast(Any, self.network).feature_info] \
+            if hasattr(self.network, "forward_intermediates") else []
+        if stage is not None and stage >= len(names):
+            listed = ", ".join(f"{number} ({name})" for number, name in enumerate(names))
+            raise EncoderError(f"stage={stage} is none of {self.name}" + (
+                f", whose stages are {listed}" if names else ": timm does not show what is inside; leave stage out"))
+        self._stage = stage
+        return self
 
     @property
     def identity(self) -> dict[str, Any]:
         """What decides the vectors beside the weights."""
-        return {"architecture": self.name, "args": self.args, "mean": list(self.mean), "std": list(self.std)}
+        return {"architecture": self.name, "args": self.args, "mean": list(self.mean), "std": list(self.std),
+                **({} if self._stage is None else {"stage": self._stage})}
 
     @torch.no_grad()
     def tries(self, rows: int, size: int) -> None:

@@ -238,8 +238,8 @@ class Convolution(nn.Module):
     def __init__(self, width: int, channels: int, *, kernel: int = 3, stride: int = 1):
         super().__init__()
         self.stride = stride
-        # As channels_last a window's weights lie as its vectors do; torch keeps that through copies and state dicts.
-        self.weight = nn.Parameter(torch.empty(channels, width, kernel, kernel, memory_format=torch.channels_last))
+        # Contiguous, as DeepSpeed wants it of every weight: the copy below, in the order of vectors, costs little.
+        self.weight = nn.Parameter(torch.empty(channels, width, kernel, kernel))
         nn.init.kaiming_normal_(self.weight, mode="fan_out", nonlinearity="relu")       # as timm's ResNets begin
 
     def forward(self, tiles: Map) -> Map:
@@ -287,25 +287,40 @@ class SlideEncoder(nn.Module):
     know nothing of places. A mean over all cells follows either.
     """
 
-    def __init__(self, width: int = STAGE[0], channels: int = STAGE[1], kind: str = "sparse"):
+    name = "slide"
+
+    def __init__(self, tiles: int = STAGE[0], width: int = STAGE[1], kind: str = "sparse"):
+        """`tiles`: width of the vectors of tiles; `width`: of those of slides."""
         super().__init__()
         if kind not in KINDS:
             raise ValueError(f"kind={kind!r} is not one of {', '.join(KINDS)}")
-        self.width, self.channels, self.kind = width, channels, kind
+        self.tiles, self.width, self.kind = tiles, width, kind
         kernel, stride = (3, 2) if kind == "sparse" else (1, 1)
-        self.blocks = nn.ModuleList([Block(width, channels, kernel=kernel, stride=stride),
-                                     Block(channels, channels, kernel=kernel, stride=1)])
+        self.blocks = nn.ModuleList([Block(tiles, width, kernel=kernel, stride=stride),
+                                     Block(width, width, kernel=kernel, stride=1)])
 
     def forward(self, features_TD: Tensor, cell_T2: Tensor, owner_T: Tensor, count: int) -> Tensor:
         """Tiles of `count` slides, each with its column and row and the number of its slide -> (B, C)."""
-        if features_TD.shape[1:] != (self.width,):
-            raise ValueError(f"vectors are {tuple(features_TD.shape)}, and this encoder takes (T, {self.width})")
+        if features_TD.shape[1:] != (self.tiles,):
+            raise ValueError(f"vectors are {tuple(features_TD.shape)}, and this encoder takes (T, {self.tiles})")
         if self.kind == "mlp":      # every tile a cell of its own
             cell_T2 = torch.stack([torch.arange(len(owner_T), device=owner_T.device), torch.zeros_like(owner_T)], dim=1)
-        tiles = of_tiles(features_TD, cell_T2, owner_T, count)
+        found = of_tiles(features_TD, cell_T2, owner_T, count)
         for block in self.blocks:
-            tiles = block(tiles)
-        return tiles.mean()
+            found = block(found)
+        return found.mean()
+
+    def of_views(self, features_BTD: Tensor, cell_BT2: Tensor) -> Tensor:
+        """As many tiles of every slide -> (B, C)."""
+        count, tiles = cell_BT2.shape[:2]
+        owner_T = torch.arange(count, device=cell_BT2.device).repeat_interleave(tiles)
+        return self(features_BTD.flatten(0, 1).to(next(self.parameters()).dtype), cell_BT2.flatten(0, 1), owner_T,
+                    count)
+
+    @property
+    def args(self) -> dict[str, Any]:
+        """What it is made with."""
+        return {"tiles": self.tiles, "width": self.width, "kind": self.kind}
 
     def begin_as(self, state: dict[str, Tensor]) -> None:
         """Weights and statistics of the last stage of a dense ResNet-18, out of the state of the whole network or of
@@ -314,6 +329,6 @@ class SlideEncoder(nn.Module):
         try:
             self.blocks.load_state_dict(own or state)
         except RuntimeError as error:
-            raise ValueError(f"these are no weights for the {self.kind} encoder of {self.width} -> {self.channels} "
+            raise ValueError(f"these are no weights for the {self.kind} encoder of {self.tiles} -> {self.width} "
                              "numbers, which begins as layer4 of a ResNet-18 (256 -> 512), kind=sparse: "
                              f"{str(error).splitlines()[1].strip()}") from None

@@ -40,6 +40,7 @@ PROTOCOLS = {
     "finetune": "fine-tuning of the whole encoder",
     "slide_linear": "linear probe of one vector a slide",
     "embed": "vectors for other programs, not judged",
+    "slide_embed": "one vector a slide, not judged",
     "look": "to be looked at, not judged",
     "mil": "multiple-instance learning: slides, by the vectors of their tiles",
 }

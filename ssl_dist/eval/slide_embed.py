@@ -1,0 +1,108 @@
+"""One vector a slide, by a trained slide encoder: the mean over many views of a few tiles each, of length one.
+
+As Giga-SSL's code does it (trislaz/Democratizing_WSI): the tiles of a slide in an order of lots, cut into views one
+after the other; where they run out, in another order once more.
+
+N tiles of a slide   V views of it   T tiles of a view   D width of a slide's vector
+"""
+
+import hashlib
+import io
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+import torch.nn.functional as F
+
+from shards import folder
+from shards.index import ShardError
+from ssl_dist.data.bags import Bags
+from ssl_dist.eval.protocol import Progress
+from ssl_dist.eval.settings import SlideEmbed
+from ssl_dist.models import encoder as encoders
+from ssl_dist.models import own
+from ssl_dist.models.sparse import SlideEncoder
+
+
+def rehearse(settings: SlideEmbed) -> dict[str, Any]:
+    """Everything that can fail before a slide is looked at; what would be looked at."""
+    bags = _bags(settings)
+    return {"protocol": settings.protocol, "slides": len(bags), "tiles": int(bags.counts.sum()),
+            "width of a tile's vector": bags.width, "out": str(settings.home), "warnings": []}
+
+
+def run(settings: SlideEmbed, device: torch.device, threads: int, progress: Progress) -> dict[str, Any]:
+    """Computes, writes slides.parquet, and says what was written."""
+    bags = _bags(settings)
+    network = cast(SlideEncoder, own.load(settings.encoder)).eval().to(device)
+    torch.set_num_threads(threads)
+    out = folder.make(settings.home)
+    found = []
+    for row, slide in enumerate(bags.slides):
+        bag = bags[row]
+        place_VT = np.stack(list(views(len(bag.features_ND), settings.tiles, settings.views, settings.seed, slide)))
+        with torch.inference_mode():
+            vector_VD = torch.cat([network.of_views(
+                *(torch.from_numpy(each[part_VT]).to(device) for each in (bag.features_ND, bag.cell_N2)))
+                for part_VT in np.split(place_VT, range(settings.batch, len(place_VT), settings.batch))])
+        found.append(F.normalize(vector_VD.double().mean(dim=0), dim=0).float().cpu().numpy())
+        progress("slides", row + 1, len(bags))
+    vectors_SD, sha256 = np.stack(found), encoders.digest(settings.encoder)
+    _write(out / "slides.parquet", bags, vectors_SD, sha256)
+    result: dict[str, Any] = {
+        "protocol": settings.protocol,
+        "encoder": {"path": str(settings.encoder), "architecture": network.name, "sha256": sha256,
+                    "vectors_of": bags.encoder},
+        "shards": [{"path": str(settings.bags), "fingerprint": bags.fingerprint, "datasets": []}],
+        "counts": {"tiles": int(bags.counts.sum()), "slides": len(bags), "width": vectors_SD.shape[1]},
+        "views": settings.views, "tiles": settings.tiles, "metrics": {}, "intervals": {}, "baselines": {},
+        "warnings": [], "seed": settings.seed, "written": str(out / "slide_embed.json")}
+    folder.write_json(out / "slide_embed.json", result)
+    return result
+
+
+def views(count: int, tiles: int, many: int, seed: int, slide: str) -> Iterator[np.ndarray]:
+    """Places of the tiles of each view of a slide; of a slide of fewer tiles than a view has, all of them."""
+    lot = int.from_bytes(hashlib.blake2b(slide.encode(errors="surrogateescape"), digest_size=8).digest(), "big")
+    numbers, wide = np.random.Generator(np.random.Philox(key=[seed, lot])), min(tiles, count)
+    done = 0
+    while True:
+        order_N = numbers.permutation(count)
+        for first in range(0, count - wide + 1, wide):
+            yield order_N[first:first + wide]
+            done += 1
+            if done == many:
+                return
+
+
+def _bags(settings: SlideEmbed) -> Bags:
+    """The slides, if their tiles' vectors are what the encoder learnt on."""
+    with torch.device("meta"):
+        network = own.build(settings.encoder)
+    if not isinstance(network, SlideEncoder):
+        raise encoders.EncoderError(f"{settings.encoder} is no encoder of slides; train one with: ssl-dist train "
+                                    "pretrain/gigassl")
+    bags, about = Bags(settings.bags), encoders.card(settings.encoder).get("ssl_dist", {})
+    if bags.width != network.tiles:
+        raise ShardError(f"{settings.bags} holds vectors of {bags.width} numbers, and {settings.encoder} takes "
+                         f"{network.tiles}; embed the slides with the tile encoder and stage that it learnt on")
+    trained = {name: about.get(name) for name in ("tile_encoder_sha256", "tile_stage")}
+    given = {"tile_encoder_sha256": bags.encoder, "tile_stage": bags.facts[0].get("stage")}
+    if trained["tile_encoder_sha256"] and bags.encoder and trained != given:
+        differs = next(name for name in trained if trained[name] != given[name])
+        raise ShardError(f"{settings.bags} has {differs} {given[differs]!s:.12}, and {settings.encoder} learnt on "
+                         f"{trained[differs]!s:.12}; embed the slides with the encoder and stage that it learnt on")
+    return bags
+
+
+def _write(path: Path, bags: Bags, vectors_SD: np.ndarray, sha256: str) -> None:
+    """A row a slide."""
+    features = pa.FixedSizeListArray.from_arrays(pa.array(vectors_SD.ravel()), vectors_SD.shape[1])
+    table = pa.table({"slide": bags.slides, "patient": bags.patients, "features": features})
+    buffer = io.BytesIO()
+    pq.write_table(table.replace_schema_metadata({"encoder": SlideEncoder.name, "sha256": sha256}), buffer)
+    folder.write(path, buffer.getvalue())
