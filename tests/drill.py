@@ -38,6 +38,9 @@ METHODS = {
              "method.views.first.size=32", "method.views.second.size=32", "method.views.small.size=16",
              "encoder.args={img_size: 32, patch_size: 8, embed_dim: 24, depth: 2, num_heads: 3}"]}
 
+OF_SLIDES = {"gigassl": ["pretrain/gigassl", "encoder.args={tiles: 16, width: 24}", "method.view.tiles=3",
+                         "method.hidden=16", "method.width=8", "optim.lr=0.01", "epochs=0"]}     # of a folder of draws
+
 
 @dataclass
 class Ended:
@@ -69,7 +72,7 @@ def drills(home: Path, shard: Path, jobs: list[tuple[Any, ...]]) -> dict[str, li
     became of each."""
     done: dict[str, list[Ended]] = {}
     for (name, *_), end in zip(jobs, drill(home / "jobs", [
-            {"words": words(home / name, shard, *more, method=rest[0] if rest else "simclr"), "world": world,
+            {"words": words(home / name, shard, *more, method=(rest or ["simclr"])[0]), "world": world,
              "strike": rest[1] if rest[1:] else None} for name, world, more, *rest in jobs]), strict=True):
         done.setdefault(name, []).append(end)
     for name, (first, *_) in done.items():
@@ -98,7 +101,7 @@ def held(name: str, told: str, own: int, rest: int, home: Path, ended: dict[str,
 
 def words(run: Path, shard: Path, *more: str, method: str = "simclr") -> list[str]:
     """What is typed for a run of a few steps on a tiny network, in less than a second a step."""
-    return [*METHODS[method], f"run={run}", f"data.shards=[{shard}]", *SMALL, *more]
+    return [*{**METHODS, **OF_SLIDES}[method], f"run={run}", f"data.shards=[{shard}]", *SMALL, *more]
 
 
 def fault(*told: str) -> str:

@@ -207,6 +207,9 @@ def test_every_recipe_parses_and_begins_with_what_it_is(path: Path, tmp_path: Pa
         told = schema.load(slides.Slides, path, [f"encoder={tmp_path}"])
         assert told.reading().mpp == [told.mpp]
         return
+    if path.stem == "draw" and path.parent.name == "configs":
+        assert schema.load(slides.Draws, path, [f"encoder={tmp_path}", f"shards=[{tmp_path}]"]).draws > 1
+        return
     if catalogue.holds(path) == "many":
         assert schema.load(catalogue.Many, path, [f"root={tmp_path}"])
         return
@@ -214,6 +217,7 @@ def test_every_recipe_parses_and_begins_with_what_it_is(path: Path, tmp_path: Pa
     if folder == "eval":
         tiles = [f"encoder={tmp_path}", f"data.shards=[{tmp_path}]"]
         slides = {"slide_linear": [f"vectors={tmp_path}", f"labels={tmp_path}"],
+                  "slide_embed": [f"encoder={tmp_path}", f"bags={tmp_path}"],
                   "mil": [f"bags={tmp_path}", f"labels={tmp_path}"]}
         words = {name: slides.get(name, tiles) for name in PROTOCOLS}
         own = yaml.safe_load(path.read_text())["protocol"]
