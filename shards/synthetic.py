@@ -31,6 +31,8 @@ LEVEL = 0.01  # optical density (natural logarithm) of one grey level of a conce
 COARSE = 8.0  # micrometres per cell of the map of regions: the size of a nucleus, finer than any hand annotates
 QUALITY = 87  # of the JPEG tiles; Aperio scanners write 70 to 91
 SMALLEST = 256, 128.0  # pixels, micrometres: one tile of the TIFF, a few dozen nuclei
+ISLAND = 120.0, 280.0  # micrometres, radius of a metastasis: some per cent of a slide of two millimetres
+TRIES = 4  # places for a metastasis, of which the one with most tissue around is taken
 PIECE = 1024  # tiles cut from one canvas of 1024 squared: its area nine times over at 96 px
 
 
@@ -435,6 +437,23 @@ def _layout(b: Brush, first: int) -> tuple[Array, list[str]]:
     return renumber[owner], [CLASSES[card] for card in deck[: len(numbers)]]
 
 
+def _node(b: Brush, metastasis: bool) -> tuple[Array, list[str]]:
+    """A lymph node: sheets of lymphocytes, some stroma and fat, and in one with a metastasis an island of tumour of
+    some tenths of a millimetre, anywhere in it."""
+    owner, names = _layout(b, 0)
+    deck = "lymphoid", "lymphoid", "lymphoid", "stroma", "fat"
+    names = [deck[int(card)] for card in b.rng.integers(0, len(deck), len(names))]
+    # Drawn for every node, so that one with a metastasis is else the same as without.
+    radius, rough = b.rng.uniform(*ISLAND) * b.um, b.noise(60)
+    down, right = np.indices(b.shape)
+    places = b.rng.permutation(np.argwhere(owner >= 0))[:TRIES]
+    islands = [(np.hypot(down - y, right - x) + 0.3 * radius * rough < radius) & (owner >= 0) for y, x in places]
+    if metastasis:
+        owner = np.where(max(islands, key=np.count_nonzero), len(names), owner)     # not on the very rim
+        names = [*names, "tumour"]
+    return owner, names
+
+
 def _outlines(mask: Array) -> Iterator[Array]:
     """Outer borders of a mask, (points, 2) in cells: its cracks walked with the mask on the right, corners cut."""
     padded = np.pad(mask, 1)
@@ -457,8 +476,10 @@ def _outlines(mask: Array) -> Iterator[Array]:
             yield (a + b) / 2
 
 
-def paint(seed: int, patient: int, slide: int, *, size: int | tuple[int, int] = 4096, mpp: float = 0.5) -> Painting:
-    """Paint one slide of `size` pixels (or width, height) at `mpp` microns per pixel, by its patient's scanner."""
+def paint(seed: int, patient: int, slide: int, *, size: int | tuple[int, int] = 4096, mpp: float = 0.5,
+          metastasis: bool | None = None) -> Painting:
+    """Paint one slide of `size` pixels (or width, height) at `mpp` microns per pixel, by its patient's scanner: of all
+    tissues, or a lymph node with or without a metastasis."""
     width, height = (size, size) if isinstance(size, int) else size
     if not 0.2 <= mpp <= 2:
         raise ValueError(f"mpp={mpp} does not show nuclei well; give 0.2 to 2 micrometres per pixel")
@@ -470,7 +491,7 @@ def paint(seed: int, patient: int, slide: int, *, size: int | tuple[int, int] = 
     um, rng, cell = 1 / mpp, _rng(seed, patient, slide + 1, 1), COARSE / mpp
     h, e = np.zeros((height, width), np.uint8), np.zeros((height, width), np.uint8)
     map_brush = Brush(rng, (math.ceil(height / cell), math.ceil(width / cell)), 1 / COARSE)
-    owner, names = _layout(map_brush, patient + slide)
+    owner, names = _layout(map_brush, patient + slide) if metastasis is None else _node(map_brush, metastasis)
     thickness = 1 + 0.1 * map_brush.noise(480)
     brush = Brush(rng, (height, width), um)
     dust = brush.stamps(9, 4, 0.12, spread=0.5, bumps=0.3, rim=0, clear=2.5)  # on the glass; it takes no eosin away
@@ -478,6 +499,8 @@ def paint(seed: int, patient: int, slide: int, *, size: int | tuple[int, int] = 
     regions: list[tuple[str, Array]] = []
     for number, name in enumerate(names):
         mask = owner == number
+        if not mask.any():  # a metastasis has taken all of it
+            continue
         regions += [(name, (line * cell).clip(0, (width, height))) for line in _outlines(mask)]
         ys, xs = (np.flatnonzero(mask.any(axis)) for axis in (1, 0))
         top, left = max(0, int((ys[0] - 2) * cell)), max(0, int((xs[0] - 2) * cell))
@@ -570,6 +593,43 @@ def write_cohort(folder: Path, *, patients: int, slides_per_patient: int = 1, si
     missing = [slide for slide in slides if not slide[0].exists()]
     _each(partial(_paint_and_write, seed=seed, size=size, mpp=mpp), missing, workers, progress)
     return [path for path, _, _ in slides]
+
+
+def write_nodes(folder: Path, *, train: int, test: int, size: int = 4096, mpp: float = 0.5, seed: int = 0,
+                workers: int = 1, progress: Progress | None = None) -> Path:
+    """Write lymph nodes as CAMELYON16 lies on a disk, half of them with a metastasis: `training/normal/normal_001.tif`,
+    `training/tumor/tumor_001.tif`, `testing/images/test_001.tif`; and labels.csv, whose path is returned.
+
+    A slide that is there is kept as it is.
+    """
+    both = 2 * len(SCANNERS)
+    if train < both or test < both or train % both or test % both:
+        raise ValueError(f"train={train}, test={test}: give multiples of {both}, so that every scanner has as many "
+                         "slides with a metastasis as without")
+    folder = Path(folder)
+    jobs: list[tuple[Path, int, bool]] = []
+    rows: list[list[str]] = []
+    for number in range(train + test):
+        # Scanners take turns; so must this, a round at a time, or the scanner would tell.
+        metastasis = bool(number // len(SCANNERS) % 2)
+        kind = "tumor" if metastasis else "normal"
+        place = sum(row[1] == kind for row in rows) if number < train else number - train
+        name = f"{kind if number < train else 'test'}_{place + 1:03d}"
+        home = folder / (f"training/{kind}" if number < train else "testing/images")
+        rows.append([name, kind, "training" if number < train else "testing"])
+        jobs.append((home / f"{name}.tif", number, metastasis))
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([["slide", "label", "split"], *rows])
+    folder.mkdir(parents=True, exist_ok=True)
+    _replace(folder / "labels.csv", lambda part: part.write_text(text.getvalue()))
+    missing = [job for job in jobs if not job[0].exists()]
+    _each(partial(_paint_node, seed=seed, size=size, mpp=mpp), missing, workers, progress)
+    return folder / "labels.csv"
+
+
+def _paint_node(job: tuple[Path, int, bool], seed: int, size: int, mpp: float) -> None:
+    path, patient, metastasis = job
+    write_slide(path, paint(seed, patient, 0, size=size, mpp=mpp, metastasis=metastasis))
 
 
 def write_tiles(folder: Path, *, count: int, size: int = 96, seed: int = 0, workers: int = 1,

@@ -677,6 +677,22 @@ def _paced(progress: Callable[..., None], last: list[float], what: str, done: in
 
 @app.command()
 @verb
+def chain(config: Config, overrides: Overrides = None, print_config: PrintConfig = False, dry_run: DryRun = False,
+          debug: Debug = False) -> None:        # noqa: ARG001
+    """A paper's whole chain, from slides to the report: lines that could be typed, each once; again, it goes on."""
+    from ssl_dist import chain as chains
+    from ssl_dist import config as configs
+    from ssl_dist import schema
+
+    settings = schema.load(chains.Chain, configs.recipe(config), overrides or [])
+    if print_config:
+        return say(schema.dump(settings).rstrip())
+    told = chains.check(settings)
+    return say(*told) if dry_run else chains.run(settings)
+
+
+@app.command()
+@verb
 def export(run: Annotated[Path, typer.Argument(help="A run folder.")],
            onnx: Annotated[bool, typer.Option("--onnx", help="And as encoder/model.onnx.")] = False,
            torchscript: Annotated[bool, typer.Option("--torchscript",

@@ -2,30 +2,19 @@
 
 import json
 import os
-import shlex
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from shards import folder as folders
 from shards import synthetic
+from ssl_dist import chain
 
 PATIENTS, TEST_PATIENTS = 16, 4
 SLIDE = 4096            # pixels of half a micron: two millimetres
 LOOKED_AT = 1000        # tiles, of which the encoder's picture is drawn
 PAUSE = 100             # the step after which training is stopped once, to show that it goes on
-
-
-class DemoFailed(RuntimeError):
-    """A stage of the demo that ended with an error; its own line stands above."""
-
-    def __init__(self, stage: str, exit_code: int):
-        super().__init__(f"the demo ended at: {stage}; mend what the line above says, call it again, it goes on there")
-        self.exit_code = exit_code
 
 
 class OtherSeed(ValueError):
@@ -41,19 +30,19 @@ def demo(folder: Path, seed: int) -> int:
     _same_seed(folder, seed)
     _paint(slides, seed, console)
     training = ["launch", "local", "--", "train", "demo", f"run={run}", f"data.shards=[{shards}]", f"seed={seed}"]
-    _stage(console, "cut the slides into shards", ["shard", "shards/demo", f"source={slides}", f"out={shards}"])
-    _stage(console, "hold the shards against their index", ["check", str(shards)])
+    chain.step(console, "cut the slides into shards", ["shard", "shards/demo", f"source={slides}", f"out={shards}"])
+    chain.step(console, "hold the shards against their index", ["check", str(shards)])
     if not (run / "checkpoints").exists():
-        _stage(console, f"train SimCLR, and stop after step {PAUSE}", [*training, f"stop={PAUSE}"])
+        chain.step(console, f"train SimCLR, and stop after step {PAUSE}", [*training, f"stop={PAUSE}"])
     if not _trained(run):
-        _stage(console, "resume, and train to the end", training)
+        chain.step(console, "resume, and train to the end", training)
     if not _newer(run / "eval" / "knn.json", run):
-        _stage(console, "is the encoder worth more than a random one?",
+        chain.step(console, "is the encoder worth more than a random one?",
                ["eval", "eval/knn", f"encoder={run / 'encoder'}", f"data.shards=[{shards}]", f"seed={seed}"])
     if not _newer(run / "eval" / "look.json", run):
-        _stage(console, "what does it see?", ["eval", "eval/look", f"encoder={run / 'encoder'}",
+        chain.step(console, "what does it see?", ["eval", "eval/look", f"encoder={run / 'encoder'}",
                                               f"data.shards=[{shards}]", f"seed={seed}", f"tiles={LOOKED_AT}"])
-    _stage(console, "write the report", ["report", str(run)])
+    chain.step(console, "write the report", ["report", str(run)])
     _summary(console, folder, run, time.monotonic() - started)
     return 0
 
@@ -68,26 +57,10 @@ def _same_seed(folder: Path, seed: int) -> None:
 
 def _paint(slides: Path, seed: int, console: Console) -> None:
     console.rule("[bold]paint slides", align="left")
-    bar = Progress(TextColumn("painting slides"), BarColumn(), MofNCompleteColumn(), console=console,
-                   disable=not console.is_terminal)
-    with bar:
-        task = bar.add_task("painting slides", total=PATIENTS)
+    with chain.bar(console, "painting slides") as show:
         synthetic.write_cohort(slides, patients=PATIENTS, test_patients=TEST_PATIENTS, size=SLIDE, mpp=0.5, seed=seed,
-                               workers=len(os.sched_getaffinity(0)),
-                               progress=lambda done, total: bar.update(task, completed=done, total=total))
+                               workers=len(os.sched_getaffinity(0)), progress=show)
     console.print(f"{slides}: {PATIENTS} slides of {PATIENTS} patients, {TEST_PATIENTS} of them for testing")
-
-
-def _stage(console: Console, title: str, words: list[str]) -> None:
-    console.rule(f"[bold]{title}", align="left")
-    console.print(f"$ ssl-dist {shlex.join(words)}", style="dim", markup=False, highlight=False, soft_wrap=True)
-    stage = subprocess.Popen([sys.executable, "-m", "ssl_dist", *words])
-    try:
-        code = stage.wait()
-    except KeyboardInterrupt:
-        code = stage.wait()         # it heard the same Ctrl-C, and may be saving
-    if code:
-        raise DemoFailed(title, code)
 
 
 def _trained(run: Path) -> bool:

@@ -27,7 +27,7 @@ from ssl_dist import config, lock, schema
 from ssl_dist.config import ConfigError
 from ssl_dist.slides import Draws, Slides
 
-VERBS = ("train", "embed", "draw", "shard", "eval", "bench")
+VERBS = ("train", "embed", "draw", "shard", "eval", "chain", "bench")
 EXAMPLE = "ssl-dist launch local ranks=2 -- train CONFIG key=value …"
 SWITCHES = ("print", "unchecked", "debug")
 ALLOW = "--allow-change="
@@ -84,7 +84,7 @@ def parse(where: str, arguments: list[str]) -> Asked:
         place = words.index("--allow-change")
         words[place:place + 2] = ["=".join(words[place:place + 2])]
     if strange := [word for word in words if word.startswith("-") and word != "--debug" and not word.startswith(ALLOW)
-                   and verb in ("train", "embed", "draw", "shard", "eval")]:
+                   and verb in ("train", "embed", "draw", "shard", "eval", "chain")]:
         raise ConfigError([f"{strange[0]} is no option that a launch hands on to {verb}: --debug and --allow-change "
                            "are; --print-config and --dry-run go without a launch"])
     return Asked(where, job, recipe, verb, words, switches, sizes or [job.nodes] if where == "slurm" else [])
@@ -170,7 +170,7 @@ class LaunchFailed(RuntimeError):
 def _submit(asked: Asked, say: Say, check: Check) -> int:
     """On a cluster."""
     works = {"train": _trains, "embed": _embeds, "draw": _draws, "shard": _shards, "eval": _evals,
-             "bench": _scales}[asked.verb](asked)
+             "chain": _chains, "bench": _scales}[asked.verb](asked)
     if "unchecked" not in asked.switches:
         if broken := list(dict.fromkeys(words for work in works for words in slurm.refused(asked.job, work))):
             raise ConfigError(broken)
@@ -299,6 +299,16 @@ def _draws(asked: Asked) -> list[slurm.Work]:
     commands = [[*command, f"part={number + 1}/{parts}"] for number in range(parts)]
     return [slurm.Work(out.name, home, commands, gpus=asked.job.gpus),
             slurm.Work(f"{out.name}-publish", home, [command], after=[out.name])]
+
+
+def _chains(asked: Asked) -> list[slurm.Work]:
+    """One job on one machine, with all its GPUs; what it had no time for, the next one does."""
+    from ssl_dist import chain
+
+    settings = schema.load(chain.Chain, config.recipe(asked.words[0]), asked.overrides)
+    chain.check(settings)
+    out = settings.out
+    return [slurm.Work(out.name, out.parent / f"{out.name}.launch", [["chain", *asked.words]], gpus=asked.job.gpus)]
 
 
 def _evals(asked: Asked) -> list[slurm.Work]:

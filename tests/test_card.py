@@ -88,7 +88,7 @@ def exported(shards: list[Path], run: Path, *words: str, step: int = 12) -> Path
     told = settings_of(shards, run, *words)
     run.mkdir(parents=True, exist_ok=True)
     reader = Reader(told.data.shards, told.data.split, told.data.only, told.data.block)
-    return export.export(train._encoder(train.build(told)), told, reader, step, run / "encoder")
+    return export.export(train.build(told).encoder, told, reader, step, run / "encoder")
 
 
 def written(shard: Path) -> list[dict[str, Any]]:

@@ -30,7 +30,7 @@ MAY_IMPORT = {
     "ssl_dist.watch": ["ssl_dist.points", "ssl_dist.lock", "shards.folder", "launch.account"],
     "ssl_dist.status": [],
     "ssl_dist.jobs": ["launch", "ssl_dist.config", "ssl_dist.schema", "ssl_dist.lock", "shards.folder",
-                      "shards.catalogue", "shards.settings", "ssl_dist.slides"],
+                      "shards.catalogue", "shards.settings", "ssl_dist.slides", "ssl_dist.chain"],
     "ssl_dist.slides": ["ssl_dist.models", "shards.settings", "ssl_dist.data.view"],
     "ssl_dist.embed": ["ssl_dist.slides", "ssl_dist.data.opencv", "ssl_dist.eval", "ssl_dist.models", "shards"],
     "ssl_dist.draw": ["ssl_dist.slides", "ssl_dist.data", "ssl_dist.eval", "ssl_dist.models", "shards"],
@@ -59,7 +59,8 @@ MAY_IMPORT = {
     "ssl_dist.report": ["ssl_dist.report"],
     "ssl_dist.notebook": ["ssl_dist.report", "ssl_dist.models", "ssl_dist.status"],
     "ssl_dist.doctor": [],
-    "ssl_dist.demo": ["shards.synthetic", "shards.folder"],
+    "ssl_dist.chain": ["shards.synthetic", "shards.folder", "ssl_dist.schema", "ssl_dist.config"],
+    "ssl_dist.demo": ["shards.synthetic", "shards.folder", "ssl_dist.chain"],
     "ssl_dist.sheet": ["ssl_dist.data"],
     "ssl_dist.bench": ["ssl_dist.config", "ssl_dist.data", "ssl_dist.run", "ssl_dist.schema"],
     "ssl_dist.train": ["ssl_dist", "shards", "launch.account"],
@@ -196,7 +197,7 @@ def test_every_file_of_the_tree_says_what_it_is() -> None:
 def test_every_recipe_parses_and_begins_with_what_it_is(path: Path, tmp_path: Path) -> None:
     from launch.job import Cluster
     from shards import catalogue, write
-    from ssl_dist import config, schema, slides
+    from ssl_dist import chain, config, schema, slides
     from ssl_dist.eval.settings import PROTOCOLS
 
     assert path.read_text().startswith("# ")
@@ -206,6 +207,9 @@ def test_every_recipe_parses_and_begins_with_what_it_is(path: Path, tmp_path: Pa
     if path.stem == "embed" and path.parent.name == "configs":
         told = schema.load(slides.Slides, path, [f"encoder={tmp_path}"])
         assert told.reading().mpp == [told.mpp]
+        return
+    if "lines" in (yaml.safe_load(path.read_text()) or {}):
+        assert chain.check(schema.load(chain.Chain, path, [f"out={tmp_path}"]))
         return
     if path.stem == "draw" and path.parent.name == "configs":
         assert schema.load(slides.Draws, path, [f"encoder={tmp_path}", f"shards=[{tmp_path}]"]).draws > 1

@@ -352,9 +352,10 @@ def asked_of(found: dict[str, Any]) -> str:
     asked = found.get("asked") if isinstance(found.get("asked"), dict) else {}
     names = [text(name) for one in objects(found.get("shards")) for name in one.get("datasets") or []
              if isinstance(one.get("datasets"), list)]
-    splits = " → ".join(text(asked.get(key)) or "all" for key in ("bank", "query")) if asked else ""
-    size = whole(found.get("size"))
-    return ", ".join(part for part in (" and ".join(names), splits, f"{size} px" if size else "") if part)
+    tiles = "bank" in asked or "query" in asked  # of slides neither is said
+    splits = " → ".join(text(asked.get(key)) or "all" for key in ("bank", "query")) if tiles else ""
+    size, model = whole(found.get("size")), text(found.get("model"))
+    return ", ".join(part for part in (model, " and ".join(names), splits, f"{size} px" if size else "") if part)
 
 
 def intervals_of(value: Any) -> dict[str, tuple[float, float]]:
