@@ -1,4 +1,4 @@
-"""Writes the parts of README.md and docs/measured.md that are generated: the tree from docstrings, the tables from
+"""Writes the parts of README.md and of docs/ that are generated: the tree from docstrings, the tables from
 benchmarks/results.
 """
 
@@ -384,6 +384,78 @@ def embed() -> str:
         f"`benchmarks/results/{found['plot']}`.")
 
 
+def mil() -> str:
+    """The table of slides by their tiles: the newest result file."""
+    found = _newest("mil_")
+    if not found:
+        return "Not measured yet."
+    models = list(dict.fromkeys(row["model"] for row in found["tissue"]))
+    lines = [f"| slides, vectors | {' | '.join(models)} |", "|---" * (1 + len(models)) + "|"]
+    for tissue, vectors in dict.fromkeys((row["tissue"], row["vectors"]) for row in found["tissue"]):
+        cells = []
+        for model in models:
+            rows = [row for row in found["tissue"] if (row["tissue"], row["vectors"], row["model"]) ==
+                    (tissue, vectors, model)]
+            values, between = [row["auroc"] for row in rows], rows[0]["interval"]
+            cells.append(_spread(100 * statistics.mean(values), 100 * statistics.stdev(values) if values[1:] else 0)
+                         + (f" ({100 * between[0]:.0f} to {100 * between[1]:.0f})" if between else ""))
+        lines.append(f"| {tissue}, {vectors} | {' | '.join(cells)} |")
+    planted = [f"one tile in {int(tiles):,}: " + ", ".join(
+        f"{model} {statistics.mean(row[model] for row in rows):.2f}" for model in rows[0])
+        for tiles, rows in found["planted"].items()]
+    told = found["settings"]
+    return "\n".join(lines) + (
+        f"\n\nAUROC in %, mean ± standard deviation over {found['seeds']} seeds where there are several; in brackets "
+        "where 95 % of bootstraps over slides lie, of the first seed. pcam: "
+        f"{told['made']} slides made up of {told['tiles']} PatchCamelyon tiles that were never trained on, in every "
+        f"other {told['tumour']} of tumour. Osteosarcoma: 26 slides of four patients, whole patients held out, one way "
+        "to deal them out: so few show what is possible, and rank nothing, nor has it an interval. Vectors by an encoder "
+        "of `simclr_r18_small`, by the same network untrained, and histograms of colours. "
+        + (f"Planted tiles in noise, mean over seeds: {'; '.join(planted)} (settings of deepmil and chowder were looked "
+           "for, of the others never). " if planted else "")
+        + f"`python benchmarks/mil.py`; {found['cpu']}, {found['cpus']} cores beside other jobs (load "
+        f"{found['load_before'][0]:.1f}), torch {found['versions']['torch']}, {found['date']}.")
+
+
+def gigassl() -> str:
+    """What Giga-SSL takes and tells apart: the newest result file."""
+    found = _newest("gigassl_")
+    if not found:
+        return "Not measured yet."
+    lines = []
+    if scale := found.get("scale"):
+        learnt, looked, probe = scale["train"], scale["embed"], scale["probe"]
+        count = scale["slides"]
+        lines += [
+            f"| {count:,} slides, {scale['draws']} draws of {scale['tiles']} tiles, {scale['width']} wide | |", "|---|---|",
+            f"| stored, of which numbers and cells | {scale['tar_bytes'] / 1e6:,.0f} MB, "
+            f"{scale['numbers_bytes_a_draw'] / scale['bytes_a_draw']:.1%} |",
+            f"| indexed: table; seconds and memory until the first batch | {scale['table_bytes'] / 1e6:.1f} MB; "
+            f"{scale['open_seconds']:.2f} s, {scale['open_mb']:.0f} MB |",
+            f"| trained on, {learnt['steps']} steps of {learnt['batch']}, two views of five tiles | "
+            f"{learnt['slides_per_second']:.0f} slides/s, waiting for data {learnt['data_wait']:.1%} of the time, "
+            f"{learnt['mb']:,.0f} MB |",
+            f"| embedded, {looked['views']} views a slide | {count / looked['seconds']:.0f} slides/s, "
+            f"{looked['mb']:,.0f} MB |",
+            f"| their vectors, 512 numbers a slide | {looked['table_bytes'] / 1e6:.1f} MB |",
+            f"| probed, ten splits, 50, 100, 250 slides and all | {probe['seconds']:.0f} s, {probe['mb']:,.0f} MB |", ""]
+    names = {"sparse": "sparse convolution", "mlp": "each tile for itself", "mean": "mean of the tiles' vectors"}
+    lines += [f"| slides differ in | {' | '.join(names.values())} |", "|---" * 4 + "|"]
+    for kind, words in (("where", "where their special tiles lie"), ("what", "what their special tiles are")):
+        rows = [row for row in found["apart"] if row["kind"] == kind]
+        values = [[100 * row[name] for row in rows] for name in names]
+        lines.append(f"| {words} | " + " | ".join(_spread(
+            statistics.mean(own), statistics.stdev(own) if own[1:] else 0) for own in values) + " |")
+    told = found["settings"]
+    return "\n".join(lines) + (
+        f"\n\nTold apart: AUROC in % of one probe of {told['slides']} made-up slides (three quarters or more learnt "
+        "from, the rest asked about, in turn), by vectors of encoders that learnt on them without a label, over "
+        f"{len(found['apart']) // 2} seeds; of {told['special']} special tiles among some 115. "
+        f"Memory is the largest of any process. `python benchmarks/gigassl.py`; {found['cpu']}, {found['cpus']} cores "
+        f"beside other jobs (load {found['load_before'][0]:.1f}), torch {found['versions']['torch']}, "
+        f"{found['date']}. Plot: `benchmarks/results/{found['plot']}`.")
+
+
 def valued() -> dict[str, dict]:
     """Of each method the newest result of what its encoder is worth."""
     results = [_read(path) for path in sorted(_files("worth_"), key=lambda path: path.stem.rpartition("_")[2])]
@@ -403,7 +475,8 @@ def _read(path: Path) -> dict:
     return json.loads(path.read_text())
 
 
-PAGES = {"README.md": {"demo": demo, "learn": learn, "worth": worth, "tree": tree},
+PAGES = {"README.md": {"demo": demo, "learn": learn, "worth": worth, "mil": mil, "tree": tree},
+         "docs/gigassl.md": {"gigassl": gigassl},
          "docs/measured.md": {"data": data, "stream": stream, "train": train, "start": start, "features": extract,
                               "embed": embed, "safety": safety, "kills": kills, "shard": shard}}
 
