@@ -409,10 +409,10 @@ def mil() -> str:
         "where 95 % of bootstraps over slides lie, of the first seed. pcam: "
         f"{told['made']} slides made up of {told['tiles']} PatchCamelyon tiles that were never trained on, in every "
         f"other {told['tumour']} of tumour. Osteosarcoma: 26 slides of four patients, whole patients held out, one way "
-        "to deal them out: so few show what is possible, and rank nothing, nor has it an interval. Vectors by an encoder "
+        "to deal them out: so few show what is possible, rank nothing, and have no interval. Vectors by an encoder "
         "of `simclr_r18_small`, by the same network untrained, and histograms of colours. "
-        + (f"Planted tiles in noise, mean over seeds: {'; '.join(planted)} (settings of deepmil and chowder were looked "
-           "for, of the others never). " if planted else "")
+        + (f"Planted tiles in noise, mean over seeds: {'; '.join(planted)} (settings of deepmil and chowder were "
+           "looked for, of the others never). " if planted else "")
         + f"`python benchmarks/mil.py`; {found['cpu']}, {found['cpus']} cores beside other jobs (load "
         f"{found['load_before'][0]:.1f}), torch {found['versions']['torch']}, {found['date']}.")
 
@@ -427,7 +427,8 @@ def gigassl() -> str:
         learnt, looked, probe = scale["train"], scale["embed"], scale["probe"]
         count = scale["slides"]
         lines += [
-            f"| {count:,} slides, {scale['draws']} draws of {scale['tiles']} tiles, {scale['width']} wide | |", "|---|---|",
+            f"| {count:,} slides, {scale['draws']} draws of {scale['tiles']} tiles, {scale['width']} wide | |",
+            "|---|---|",
             f"| stored, of which numbers and cells | {scale['tar_bytes'] / 1e6:,.0f} MB, "
             f"{scale['numbers_bytes_a_draw'] / scale['bytes_a_draw']:.1%} |",
             f"| indexed: table; seconds and memory until the first batch | {scale['table_bytes'] / 1e6:.1f} MB; "
@@ -435,10 +436,11 @@ def gigassl() -> str:
             f"| trained on, {learnt['steps']} steps of {learnt['batch']}, two views of five tiles | "
             f"{learnt['slides_per_second']:.0f} slides/s, waiting for data {learnt['data_wait']:.1%} of the time, "
             f"{learnt['mb']:,.0f} MB |",
-            f"| embedded, {looked['views']} views a slide | {count / looked['seconds']:.0f} slides/s, "
+            f"| embedded, {looked['views']} views of each | {count / looked['seconds']:.0f} slides/s, "
             f"{looked['mb']:,.0f} MB |",
             f"| their vectors, 512 numbers a slide | {looked['table_bytes'] / 1e6:.1f} MB |",
-            f"| probed, ten splits, 50, 100, 250 slides and all | {probe['seconds']:.0f} s, {probe['mb']:,.0f} MB |", ""]
+            f"| probed, ten splits, 50, 100, 250 slides and all | {probe['seconds']:.0f} s, {probe['mb']:,.0f} MB |",
+            ""]
     names = {"sparse": "sparse convolution", "mlp": "each tile for itself", "mean": "mean of the tiles' vectors"}
     lines += [f"| slides differ in | {' | '.join(names.values())} |", "|---" * 4 + "|"]
     for kind, words in (("where", "where their special tiles lie"), ("what", "what their special tiles are")):

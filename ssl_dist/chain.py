@@ -34,8 +34,8 @@ FORWARDED = signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2
 class Nodes:
     """Lymph nodes to paint, where there are no slides."""
 
-    train: int = field(default=32, metadata={"range": (8, 10**4), "help": "slides, half of them with a metastasis"})
-    test: int = field(default=16, metadata={"range": (8, 10**4)})
+    train: int = field(default=48, metadata={"range": (8, 10**4), "help": "slides, half of them with a metastasis"})
+    test: int = field(default=32, metadata={"range": (8, 10**4)})
     size: int = field(default=3072, metadata={"range": (512, 32_768), "help": "pixels of half a micron"})
     seed: int = field(default=0, metadata={"range": (0, 2**32 - 1)})
 

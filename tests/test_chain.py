@@ -106,7 +106,7 @@ def test_what_cannot_be_is_refused_before_anything_runs(lines: list[str], words:
 def test_the_command_shows_its_lines_and_a_launch_is_one_job(tmp_path: Path) -> None:
     ran = CliRunner().invoke(cli.app, ["chain", "eval/camelyon16", f"out={tmp_path / 'c'}", "--dry-run"])
     assert ran.exit_code == 0 and ran.output.count("$ ssl-dist ") == 5, ran.output
-    assert "pretrain/moco_r18_small" in ran.output and not (tmp_path / "c").exists()
+    assert "pretrain/moco_nodes" in ran.output and not (tmp_path / "c").exists()
     ran = CliRunner().invoke(cli.app, ["chain", "eval/camelyon16", f"out={tmp_path / 'c'}", "size=paper", "--dry-run"])
     assert ran.exit_code == 2 and "give source= and labels=" in ran.output
     asked = jobs.parse("slurm", ["gpus=4", "--", "chain", "eval/camelyon16", f"out={tmp_path / 'c'}"])

@@ -118,7 +118,7 @@ def test_a_table_may_tell_of_slides_and_leave_some_out(shard: Path, tmp_path: Pa
 
 @pytest.mark.parametrize(("text", "kind", "said"), [
     ("", "numbers", "begins with nothing"), ("age\n3\n", "numbers", "needs one of key, slide, patient"),
-    ("slide,patient,age\n", "numbers", "needs one of"), ("slide,a,a\n", "several", "of a name of its own"),
+    ("slide,patient,age\n", "numbers", "needs one of"), ("slide,a,a\n", "several", "two columns 'a'"),
     ("slide,age\nx,old\n", "numbers", "line 2 holds old"), ("slide,age\nx,nan\n", "numbers", "not one finite number"),
     ("slide,age\nx,3\nx,4\n", "numbers", "line 3: 'x' has 4"), ("slide,age\nx,3,4\n", "numbers", "has 3 cells"),
     ("slide,age,sex\nx,3,1\n", "numbers", "guesses one"), ("slide,age\nx,3\n", "several", "holds 3"),

@@ -5,7 +5,6 @@ S tiles of the split   D width of a vector
 
 import contextlib
 import copy
-import csv
 import hashlib
 import re
 from collections import deque
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor
 
 from shards.index import NO_LABEL, ShardError
-from ssl_dist.data import opencv
+from ssl_dist.data import opencv, table
 from ssl_dist.data.bags import groups
 from ssl_dist.data.decode import Decoder
 from ssl_dist.data.loader import Undecodable
@@ -113,28 +112,28 @@ def _valid(reader: Reader, rows: np.ndarray, split: str, valid: str) -> np.ndarr
     return found
 
 
-def told(shards: list[Path], split: str, table: Path, kind: str, valid: str = "") -> Split:
+def told(shards: list[Path], split: str, path: Path, kind: str, valid: str = "") -> Split:
     """The tiles of a split of which a table tells what is to be guessed; where a cell is empty, it does not."""
-    by, columns, rows = _table(table)
+    by, columns, rows = _table(path)
     if kind == "numbers" and len(columns) != 1:
-        raise ShardError(f"{table} has {len(columns)} columns beside {by} ({', '.join(columns)}), and kind=numbers "
+        raise ShardError(f"{path} has {len(columns)} columns beside {by} ({', '.join(columns)}), and kind=numbers "
                          "guesses one; leave the others out")
     if kind == "several" and (strange := {value for row in rows.values() for value in row} - {0.0, 1.0}):
-        raise ShardError(f"{table} holds {sorted(strange)[0]:g}, and kind=several knows 0 and 1 alone")
+        raise ShardError(f"{path} holds {sorted(strange)[0]:g}, and kind=several knows 0 and 1 alone")
     found = every(shards, split, valid)
     names = found.reader.column(by, found.rows)
     chosen = np.flatnonzero([name in rows for name in names])
     if not len(chosen):
-        raise ShardError(f"{table} names no {by} of split {split!r} in {', '.join(map(str, shards))}; it names "
+        raise ShardError(f"{path} names no {by} of split {split!r} in {', '.join(map(str, shards))}; it names "
                          f"{next(iter(rows), 'none')!r}, and there is {names[0]!r}")
     part = found.part(chosen)
     part.classes = columns
     with contextlib.closing(Reader(shards)) as whole:
         if foreign := sorted(rows.keys() - {*whole.column(by, whole.all_rows())}):
-            part.remarks.append(f"{len(foreign)} rows of {table} name a {by} that is in none of the shards "
+            part.remarks.append(f"{len(foreign)} rows of {path} name a {by} that is in none of the shards "
                                 f"({', '.join(map(repr, foreign[:3]))})")
     if without := sorted(set(names) - rows.keys()):
-        part.remarks.append(f"{len(without)} of {len(set(names))} {by}s of split {split!r} have no row in {table}, or "
+        part.remarks.append(f"{len(without)} of {len(set(names))} {by}s of split {split!r} have no row in {path}, or "
                             f"an empty cell, and are left out ({without[0]!r}, …)")
     part.targets_SC = torch.tensor([rows[names[each]] for each in chosen])
     return part
@@ -142,31 +141,22 @@ def told(shards: list[Path], split: str, table: Path, kind: str, valid: str = ""
 
 def _table(path: Path) -> tuple[str, list[str], dict[str, list[float]]]:
     """By what a table names tiles, what it tells of them, and that by name."""
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as handle:
-            lines = list(csv.reader(handle))
-    except (UnicodeDecodeError, OSError) as error:
-        raise ShardError(f"{path} is no table ({error}); save it as CSV, separated by commas, in UTF-8") from None
-    head = lines[0] if lines else []
+    head, lines = table.lines(path)
     by = [name for name in NAMED if name in head]
-    if len(by) != 1 or len(head) < 2 or len(set(head)) < len(head):
+    if len(by) != 1 or len(head) < 2:
         raise ShardError(f"{path} begins with {', '.join(head) or 'nothing'}; it needs one of {', '.join(NAMED)} and a "
-                         "column, of a name of its own, for each thing to guess")
-    place, rows = head.index(by[0]), dict[str, list[float]]()
-    for number, line in enumerate(lines[1:], 2):
-        if not line:
-            continue            # an empty line, as editors leave at the end
-        values = [value for column, value in enumerate(line) if column != place]
-        if len(line) != len(head):
-            raise ShardError(f"{path}, line {number} has {len(line)} cells and the first {len(head)}")
+                         "column for each thing to guess")
+    rows = dict[str, list[float]]()
+    for number, line in lines:
+        name, values = line[by[0]], [value for column, value in line.items() if column != by[0]]
         if "" in values:
             continue
         try:
             numbers = [float(value) for value in values]
         except ValueError:
             raise ShardError(f"{path}, line {number} holds {', '.join(values)}, which are not all numbers") from None
-        if not np.isfinite(numbers).all() or rows.setdefault(line[place], numbers) != numbers:
-            raise ShardError(f"{path}, line {number}: {line[place]!r} has {', '.join(values)}, not one finite number a "
+        if not np.isfinite(numbers).all() or rows.setdefault(name, numbers) != numbers:
+            raise ShardError(f"{path}, line {number}: {name!r} has {', '.join(values)}, not one finite number a "
                              "column, or another line of other numbers")
     return by[0], [name for name in head if name != by[0]], rows
 

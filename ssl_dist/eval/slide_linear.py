@@ -7,7 +7,6 @@ split, and the slides of a smaller size are among those of a larger.
 S slides   P slides to learn from   Q slides that are asked about   D width   C classes
 """
 
-import csv
 import io
 import warnings
 from dataclasses import dataclass, replace
@@ -25,6 +24,7 @@ from sklearn.preprocessing import StandardScaler
 
 from shards import folder
 from shards.index import ShardError
+from ssl_dist.data import table as tables
 from ssl_dist.data import vectors
 from ssl_dist.data.vectors import Vectors
 from ssl_dist.eval import intervals, metrics, protocol
@@ -135,15 +135,10 @@ def run(settings: SlideLinear, device: torch.device, threads: int, progress: Pro
 
 def labelled(table: Path, own: Vectors) -> Labels:
     """What a table says of the slides that there are vectors of: columns slide and label, perhaps split and patient."""
-    with table.open(newline="", encoding="utf-8-sig") as handle:
-        lines = list(csv.DictReader(handle))
-    head = list(lines[0]) if lines else []
-    if not {"slide", "label"} <= set(head):
-        raise ShardError(f"{table} has columns {', '.join(map(str, head)) or 'none'} and rows {len(lines)}; it needs "
-                         "slide and label, and may have split and patient")
+    head, lines = tables.lines(table, ("slide", "label"))
     told: dict[str, dict[str, str]] = {}
-    for number, line in enumerate(lines, 2):
-        line = {name: (line[name] or "").strip() for name in ("slide", "label", "split", "patient") if name in head}
+    for number, cells in lines:
+        line = {name: cells[name] for name in head if name in ("slide", "label", "split", "patient")}
         if line["label"] and told.setdefault(line["slide"], line) != line:
             raise ShardError(f"{table}, line {number}: slide {line['slide']!r} is told of before, and otherwise; leave "
                              "one of the lines out")
@@ -151,13 +146,13 @@ def labelled(table: Path, own: Vectors) -> Labels:
     if not len(rows_S):
         raise ShardError(f"{table} has no label of a slide of {own.source}: it names {next(iter(told), 'none')!r}, and "
                          f"there is {own.slides[0]!r}")
-    lines = [told[own.slides[row]] for row in rows_S]
-    classes = sorted({line["label"] for line in lines})
+    known = [told[own.slides[row]] for row in rows_S]
+    classes = sorted({line["label"] for line in known})
     if len(classes) < 2:
         raise ShardError(f"{table} knows one class only of these slides, {classes[0]!r}: every guess would be right; "
                          "label more classes")
-    split_S = np.array([line.get("split", "") for line in lines])
-    patients = [line.get("patient") or own.patients[row] for row, line in zip(rows_S, lines, strict=True)]
+    split_S = np.array([line.get("split", "") for line in known])
+    patients = [line.get("patient") or own.patients[row] for row, line in zip(rows_S, known, strict=True)]
     groups_S = np.array([patient or f"slide {own.slides[row]}" for row, patient in zip(rows_S, patients, strict=True)])
     said = []
     if gone := len(told) - len(rows_S):
@@ -167,7 +162,7 @@ def labelled(table: Path, own: Vectors) -> Labels:
         said.append(f"{bare} of {len(own.slides)} slides have no label and are left out")
     if unknown := sum(not patient for patient in patients):
         said.append(f"the patients of {unknown} slides are unknown; some may be on both sides of a split")
-    return Labels(rows_S, np.searchsorted(classes, [line["label"] for line in lines]), classes, groups_S, split_S, said)
+    return Labels(rows_S, np.searchsorted(classes, [line["label"] for line in known]), classes, groups_S, split_S, said)
 
 
 def parted(labels: Labels, count: int, seed: int) -> list[Part]:

@@ -3,7 +3,6 @@
 S slides
 """
 
-import csv
 import hashlib
 import math
 from dataclasses import dataclass, field, replace
@@ -12,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from shards.index import ShardError
+from ssl_dist.data import table
 from ssl_dist.data.bags import Bags, groups
 
 NAMED = "slide", "patient"                  # by which a table may name what it tells of
@@ -48,64 +48,54 @@ class Slides:
                        splits=[self.splits[each] for each in chosen])
 
 
-def told(bags: Bags, table: Path, kind: str) -> Slides:
+def told(bags: Bags, path: Path, kind: str) -> Slides:
     """The slides that a table tells of: a class of each, or of survival a time and whether the event came."""
-    by, lines = _table(table, ["time", "event"] if kind == "survival" else ["label"])
+    by, lines = _table(path, ["time", "event"] if kind == "survival" else ["label"])
     names = bags.slides if by == "slide" else bags.patients
     if by == "slide" and len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise ShardError(f"two files in {bags.home} are of slide {twice!r}; keep one")
     chosen = np.array([row for row, name in enumerate(names) if name in lines], np.int64)
     if not len(chosen):
-        raise ShardError(f"{table} names no {by} in {bags.home}; it names {next(iter(lines), 'none')!r}, and there is "
+        raise ShardError(f"{path} names no {by} in {bags.home}; it names {next(iter(lines), 'none')!r}, and there is "
                          f"{names[0] or 'none with a name'!r}")
     own = [lines[names[row]] for row in chosen]
     remarks = []
     if foreign := sorted(lines.keys() - set(names)):
-        remarks.append(f"{len(foreign)} rows of {table} name a {by} of which there is no vector in {bags.home} "
+        remarks.append(f"{len(foreign)} rows of {path} name a {by} of which there is no vector in {bags.home} "
                        f"({', '.join(map(repr, foreign[:3]))}{', …' if len(foreign) > 3 else ''})")
     if without := sorted({bags.slides[row] for row, name in enumerate(names) if name not in lines}):
-        remarks.append(f"{len(without)} of {len(bags)} slides have no row in {table}, or an empty cell, and are left "
+        remarks.append(f"{len(without)} of {len(bags)} slides have no row in {path}, or an empty cell, and are left "
                        f"out ({without[0]!r}{', …' if len(without) > 1 else ''})")
-    patients = [_patient(bags.patients[row], line.get("patient", ""), bags.slides[row], table)
+    patients = [_patient(bags.patients[row], line.get("patient", ""), bags.slides[row], path)
                 for row, line in zip(chosen, own, strict=True)]
     if unknown := patients.count(""):
         remarks.append(f"the patients of {unknown} slides are unknown: some may be learnt from and asked about; add a "
-                       f"column patient to {table}")
+                       f"column patient to {path}")
     times_S, classes = None, list[str]()
     if kind == "survival":
         times_S = np.array([float(line["time"]) for line in own])
         labels_S = np.array([int(float(line["event"])) for line in own])
         if not labels_S.any():
-            raise ShardError(f"{table} knows of no event among {len(own)} slides: there is nothing to learn")
+            raise ShardError(f"{path} knows of no event among {len(own)} slides: there is nothing to learn")
     else:
         classes = sorted({line["label"] for line in own}, key=_in_order)
         if len(classes) < 2:
-            raise ShardError(f"all {len(own)} slides that {table} tells of are {classes[0]!r}: every guess would be "
+            raise ShardError(f"all {len(own)} slides that {path} tells of are {classes[0]!r}: every guess would be "
                              "right; label more classes")
         labels_S = np.array([classes.index(line["label"]) for line in own])
     return Slides(bags, chosen, labels_S, classes, times_S, [bags.slides[row] for row in chosen], patients,
-                  [line.get("split", "") for line in own], by, hashlib.sha256(table.read_bytes()).hexdigest(), remarks)
+                  [line.get("split", "") for line in own], by, hashlib.sha256(path.read_bytes()).hexdigest(), remarks)
 
 
 def _table(path: Path, wanted: list[str]) -> tuple[str, dict[str, dict[str, str]]]:
     """By what a table names, and the cells of each; rows with an empty cell of what is wanted are left out."""
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as handle:
-            rows = list(csv.reader(handle))
-    except UnicodeDecodeError:
-        raise ShardError(f"{path} is no table in UTF-8; write it as CSV") from None
-    head = [name.strip() for name in rows[0]] if rows else []
+    head, lines = table.lines(path)
     by = next((name for name in NAMED if name in head), "")
     if lacking := [name for name in ([] if by else ["slide or patient"]) + wanted if name not in head]:
         raise ShardError(f"{path} begins with {', '.join(head) or 'nothing'}; it has no column {lacking[0]}")
     found: dict[str, dict[str, str]] = {}
-    for number, cells in enumerate(rows[1:], 2):
-        if not any(cells):
-            continue
-        if len(cells) != len(head):
-            raise ShardError(f"{path}, line {number} has {len(cells)} cells and the first {len(head)}")
-        line = dict(zip(head, map(str.strip, cells), strict=True))
+    for number, line in lines:
         for name in wanted:
             if line[name].lower() in NOTHING or (name != "label" and line[name] and not _fits(name, line[name])):
                 raise ShardError(f"{path}, line {number}: {name} is {line[name]!r}, not "
@@ -128,9 +118,9 @@ def _fits(name: str, cell: str) -> bool:
     return value in (0, 1) if name == "event" else math.isfinite(value) and value >= 0
 
 
-def _patient(ours: str, theirs: str, slide: str, table: Path) -> str:
+def _patient(ours: str, theirs: str, slide: str, path: Path) -> str:
     if ours and theirs and ours != theirs:
-        raise ShardError(f"{table} says that slide {slide!r} is of patient {theirs!r}, and its file that it is of "
+        raise ShardError(f"{path} says that slide {slide!r} is of patient {theirs!r}, and its file that it is of "
                          f"{ours!r}; correct one")
     return theirs or ours
 

@@ -349,7 +349,8 @@ def evaluation(file: Path, notes: list[str]) -> Evaluation:
 
 def asked_of(found: dict[str, Any]) -> str:
     """Of which tiles a result is, in words that differ where it may not be compared with another."""
-    asked = found.get("asked") if isinstance(found.get("asked"), dict) else {}
+    given = found.get("asked")
+    asked = given if isinstance(given, dict) else {}
     names = [text(name) for one in objects(found.get("shards")) for name in one.get("datasets") or []
              if isinstance(one.get("datasets"), list)]
     tiles = "bank" in asked or "query" in asked  # of slides neither is said
