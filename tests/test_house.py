@@ -213,7 +213,8 @@ def test_every_recipe_parses_and_begins_with_what_it_is(path: Path, tmp_path: Pa
     if folder == "eval":
         tiles = [f"encoder={tmp_path}", f"data.shards=[{tmp_path}]"]
         slides = {"slide_linear": [f"vectors={tmp_path}", f"labels={tmp_path}"],
-                  "mil": [f"bags={tmp_path}", f"labels={tmp_path}"]}
+                  "mil": [f"bags={tmp_path}", f"labels={tmp_path}"],
+                  "segment": [f"encoder={tmp_path}", f"regions={tmp_path}"]}
         words = {name: slides.get(name, tiles) for name in PROTOCOLS}
         own = yaml.safe_load(path.read_text())["protocol"]
         assert config.load_eval(str(path), words[own]).protocol == own

@@ -324,6 +324,40 @@ class Mil(Protocol):
         return self.bags.parent
 
 
+@dataclass(kw_only=True)
+class Segment(Protocol):
+    """Maps of confidence, against outlines."""
+
+    protocol: str = "segment"
+    encoder: str = field(metadata={"help": "a folder RUN/encoder of a network of maps; of its run every checkpoint is "
+                                           "looked at"})
+    regions: Path = field(metadata={"exists": True, "help": "a folder of outlined regions, as MoNuSeg, Kumar, CoNSeP, "
+                                    "PanNuke or DSB 2018 publish it, or images/ with labels/ of the same names"})
+    form: str = field(default="", metadata={"choices": ("", "polygons", "mat", "pannuke", "pieces", "maps"),
+                                            "help": "how outlines are written; empty: as its files look"})
+    names: str = field(default="", metadata={"help": "regular expression searched in a region's path, with a group "
+                                                     "patient"})
+    every: int = field(default=5, metadata={"range": (2, 10**6), "help": "which patients are asked about: every so "
+                                            "manieth by name; the outlines of others choose thresholds, and what stands "
+                                            "beside the choice without labels"})
+    choose: str = field(default="separation", metadata={
+        "choices": ("separation", "haematoxylin"), "help": "which of several classes, without labels: the one that is "
+        "furthest from all else, or that goes best with haematoxylin"})
+    patch: int = field(default=50, metadata={"range": (2, 2048), "help": "pixels of patches by which separation is "
+                                             "found, where an encoder lies in no run that says so"})
+    stride: int = field(default=20, metadata={"range": (1, 2048), "help": "likewise, from a patch to the next"})
+
+    def rules(self) -> list[str]:
+        """What cannot be said of one value alone."""
+        return super().rules() + absent(self.encoder)
+
+    @property
+    def beside(self) -> Path:
+        """eval/ beside the encoder."""
+        return Path(self.encoder).parent / "eval"
+
+
 PROTOCOLS: dict[str, type[Protocol]] = {
     "knn": Knn, "linear": Linear, "sgd": Sgd, "low": Low, "finetune": Finetune, "embed": Embed, "look": Look,
-    "slide_linear": SlideLinear, "mil": Mil}
+    "slide_linear": SlideLinear, "mil": Mil,
+    "segment": Segment}
