@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ssl_dist.models.patches import LEVELS, LOWEST, Grid, entropy, grey
+from ssl_dist.models.patches import LEVELS, TINY, Grid, entropy, grey
 
 FLOOR = 1e-3            # the weight of a place of which nothing is known: then all are drawn alike
 BANDWIDTH = 0.9         # of mutual information: how far a pixel counts for other levels, of 0 to 1 (the authors' value)
@@ -107,7 +107,7 @@ def squares(anchors: Tensor, others: Tensor) -> Tensor:
 def cross_entropy(anchors: Tensor, others: Tensor) -> Tensor:
     """Minus the mean cross-entropy of pixels, each value a chance, in bits."""
     one_AD, other_MD = anchors.flatten(1), others.flatten(1)
-    logs_MD, others_MD = other_MD.log2().clamp_min(LOWEST), (1 - other_MD).log2().clamp_min(LOWEST)
+    logs_MD, others_MD = other_MD.clamp_min(TINY).log2(), (1 - other_MD).clamp_min(TINY).log2()
     return (one_AD @ logs_MD.T + (1 - one_AD) @ others_MD.T) / one_AD.shape[1]
 
 
@@ -131,8 +131,8 @@ def divergence(anchors: Tensor, others: Tensor) -> Tensor:
     """Minus the Kullback-Leibler divergence of grey levels from an anchor's, pixel by pixel, on average; of numbers that
     do not sum to one: q ln(q/p) - q + p, which is nothing for equals alone."""
     one_AD, other_MD = grey(anchors), grey(others)
-    own_M = (other_MD * other_MD.log().clamp_min(LOWEST) - other_MD).mean(dim=1)
-    between_AM = one_AD.log().clamp_min(LOWEST) @ other_MD.T / one_AD.shape[1]
+    own_M = (other_MD * other_MD.clamp_min(TINY).log() - other_MD).mean(dim=1)
+    between_AM = one_AD.clamp_min(TINY).log() @ other_MD.T / one_AD.shape[1]
     return between_AM - own_M - one_AD.mean(dim=1, keepdim=True)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 LUMA = 0.299, 0.587, 0.114
 LEVELS = 25             # of grey, in histograms
-LOWEST = -100.0         # of a logarithm
+TINY = 2.0**-100        # of nothing there is no logarithm, and none of its slope: the authors' is -100 at least
 
 
 class Grid(NamedTuple):
@@ -49,7 +49,7 @@ class Grid(NamedTuple):
 def entropy(chance: Tensor) -> Tensor:
     """In bits: 0 of who is sure, 1 of who knows nothing."""
     other = 1 - chance
-    return -(chance * chance.log2().clamp_min(LOWEST) + other * other.log2().clamp_min(LOWEST))
+    return -(chance * chance.clamp_min(TINY).log2() + other * other.clamp_min(TINY).log2())
 
 
 def grey(patches_M3PP: Tensor) -> Tensor:
