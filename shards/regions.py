@@ -66,6 +66,7 @@ class Region:
     name: str
     patient: str                        # "" where nobody says
     split: str                          # of the folder's name, in lower case; "" where it has none
+    tissue: str                         # "" where nobody says
     _read: Callable[[], Pixels] = field(repr=False, compare=False)
 
     def read(self) -> Pixels:
@@ -108,7 +109,9 @@ def found(folder: Path, form: str = "", names: str = "") -> Set:
     for kind in [form] if form else FORMS:
         remarks: list[str] = []
         if pairs := FORMS[kind](folder, remarks):
-            regions = [_named(name, names, read) for name, read in sorted(pairs, key=lambda pair: pair[0])]
+            tissues = _tissues(folder) if kind == "pannuke" else {}
+            regions = [_named(name, names, tissues.get(name, ""), read)
+                       for name, read in sorted(pairs, key=lambda pair: pair[0])]
             if len({region.name for region in regions}) < len(regions):
                 raise ShardError(f"two regions below {folder} have one name; rename one")
             typed = kind == "pannuke" or regions[0].read().types_HW is not None
@@ -118,7 +121,7 @@ def found(folder: Path, form: str = "", names: str = "") -> Set:
                      "with labels/ of the same names")
 
 
-def _named(name: str, names: str, read: Callable[[], Pixels]) -> Region:
+def _named(name: str, names: str, tissue: str, read: Callable[[], Pixels]) -> Region:
     known: dict[str, str] = {}
     if names:
         match = re.search(names, name)
@@ -128,7 +131,7 @@ def _named(name: str, names: str, read: Callable[[], Pixels]) -> Region:
     barcode = sources.TCGA.search(name)
     split = SPLIT.search(name.rpartition("/")[0])
     return Region(name, known.get("patient", barcode[0] if barcode else ""),
-                  known.get("split", split[1].lower().replace(" ", "") if split else ""), read)
+                  known.get("split", split[1].lower().replace(" ", "") if split else ""), tissue, read)
 
 
 def _classes(folder: Path, kind: str) -> list[str]:
@@ -235,6 +238,20 @@ def _pannuke(folder: Path, remarks: list[str]) -> Pairs:      # noqa: ARG001
         base = _relative(path.parent, folder)
         pairs += [(f"{base}/{number:05}", partial(_patch, path, near[0], number)) for number in range(count)]
     return pairs
+
+
+def _tissues(folder: Path) -> dict[str, str]:
+    """What types.npy beside images.npy calls each image; nothing where it is saved as Python's objects."""
+    found: dict[str, str] = {}
+    for path in _below(folder, (".npy",)):
+        if path.name == "types.npy":
+            try:
+                words = np.load(path, allow_pickle=False)
+            except (ValueError, OSError, EOFError):
+                continue
+            base = _relative(path.parent, folder)
+            found |= {f"{base}/{number:05}": str(word) for number, word in enumerate(words.reshape(-1).tolist())}
+    return found
 
 
 def _patch(images: Path, masks: Path, number: int) -> Pixels:

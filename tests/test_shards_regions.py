@@ -72,6 +72,7 @@ def test_pannuke_has_a_channel_a_type_and_numbers_that_repeat_between_them(tmp_p
     known = regions.found(tmp_path)
     assert (known.form, known.classes[4], len(known.regions)) == ("pannuke", "epithelial", 2)
     assert {each.split for each in known.regions} == {"fold1"}
+    assert [each.tissue for each in known.regions] == ["Breast", "Colon"]
     empty, read = (each.read() for each in known.regions)
     assert empty.count == 0 and (empty.image_HW3 == pixels[0]).all()
     assert same(read.instances_HW, NUMBERS) and (read.types_HW == np.where(TYPES == 2, 5, TYPES)).all()

@@ -12,6 +12,7 @@ from typing import Any, cast
 
 import timm
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from timm.models import save_for_hf
@@ -23,6 +24,9 @@ from ssl_dist.models.fcnn import Confidence
 
 # By architecture, networks that timm does not know: they say something of every pixel.
 MAPS = {"fcnn": Confidence}
+
+# Of a ViT's patch, how many pixels lie between two columns of each map that decoders see: 4 to 32 of patches of 16.
+SCALES = (0.25, 0.5, 1, 2)
 
 
 class EncoderError(ValueError):
@@ -42,6 +46,7 @@ class Encoder(nn.Module):
         super().__init__()
         args = {key: value for key, value in args.items() if value is not None}     # null takes a recipe's away
         self.name, self.args, self.mean, self.std = name, args, tuple(mean), tuple(std)
+        self._finer = 1
         try:
             self.network = _network(name, args)
             # Where the head has a layer of its own (MobileNetV3, VGG), num_features is the width before that layer.
@@ -61,6 +66,54 @@ class Encoder(nn.Module):
         # A permuted view of HWC is channels_last already: no copy but the one that changes the type.
         pixels_B3HW = pixels_BHW3.permute(0, 3, 1, 2).to(self._mean_C.dtype)
         return self.network((pixels_B3HW - self._mean_C) / self._std_C)
+
+    def levels(self) -> list[tuple[int, int]]:
+        """Channels, and how many pixels of a tile lie between two columns, of what `pyramid` gives: fine to coarse."""
+        network = cast(Any, self.network)
+        if hasattr(network, "blocks") and hasattr(network, "patch_embed"):
+            patch = int(network.patch_embed.patch_size[0])
+            return [(int(network.embed_dim), max(1, round(patch * scale))) for scale in SCALES]
+        if not hasattr(network, "forward_intermediates") or len(getattr(network, "feature_info", [])) < 2:
+            raise EncoderError(f"{self.name} shows no maps on its way (timm's forward_intermediates): pixels are "
+                               "judged by ResNets, ViTs and others that do")
+        found = [(int(each["num_chs"]), int(each["reduction"]) // self._finer) for each in network.feature_info]
+        return [each for each in found if each[1]]
+
+    def pyramid(self, pixels_BHW3: Tensor) -> list[Tensor]:
+        """The maps (B, channels, h, w) that a network makes on its way, as many as `levels` says.
+
+        A plain ViT has one size of map: four of its blocks, as far apart as can be, are blown up or shrunk.
+        """
+        levels, network = self.levels(), cast(Any, self.network)
+        pixels_B3HW = pixels_BHW3.permute(0, 3, 1, 2).to(self._mean_C.dtype)
+        pixels_B3HW = (pixels_B3HW - self._mean_C) / self._std_C
+        if not hasattr(network, "patch_embed"):
+            return network.forward_intermediates(pixels_B3HW, intermediates_only=True)[-len(levels):]
+        depth = len(network.blocks)
+        taken = [depth * (part + 1) // len(SCALES) - 1 for part in range(len(SCALES))]
+        maps = network.forward_intermediates(pixels_B3HW, indices=taken, intermediates_only=True)
+        return [F.interpolate(each, size=tuple(max(1, round(side / scale)) for side in each.shape[-2:]),
+                              mode="bilinear", antialias=scale > 1) if scale != 1 else each
+                for each, scale in zip(maps, SCALES, strict=True)]
+
+    def look_closely(self) -> None:
+        """From now on a ResNet does not shrink its tile by four before its first block: no weight changes by that."""
+        network = cast(Any, self.network)
+        stem = getattr(network, "conv1", None)
+        stem = stem[0] if isinstance(stem, nn.Sequential) else stem
+        if not isinstance(stem, nn.Conv2d) or not isinstance(getattr(network, "maxpool", None), nn.MaxPool2d):
+            raise EncoderError(f"{self.name} has no first convolution and pooling as a ResNet has; use fine=false")
+        stem.stride, network.maxpool, self._finer = (1, 1), nn.Identity(), 4
+
+    def fit_to(self, size: int) -> None:
+        """From now on a ViT takes tiles of `size` pixels, its learned positions resampled; others take any."""
+        network = cast(Any, self.network)
+        if hasattr(network, "set_input_size"):
+            patch = int(network.patch_embed.patch_size[0])
+            if size % patch:
+                raise EncoderError(f"{self.name} takes no window of {size} pixels, which is no whole number of patches "
+                                   f"of {patch}")
+            network.set_input_size(img_size=(size, size))
 
     @property
     def maps(self) -> bool:
