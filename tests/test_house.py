@@ -215,6 +215,7 @@ def test_every_recipe_parses_and_begins_with_what_it_is(path: Path, tmp_path: Pa
         slides = {"slide_linear": [f"vectors={tmp_path}", f"labels={tmp_path}"],
                   "mil": [f"bags={tmp_path}", f"labels={tmp_path}"],
                   "segment": [f"encoder={tmp_path}", f"regions={tmp_path}"],
+                  "confidence": [f"encoder={tmp_path}", f"slides=[{tmp_path}]"],
                   **{name: [f"encoder={tmp_path}", f"data.regions={tmp_path}"] for name in ("nuclei", "semantic")},
                   "outline": [f"network={tmp_path}", f"slides=[{tmp_path}]"]}
         words = {name: slides.get(name, tiles) for name in PROTOCOLS}

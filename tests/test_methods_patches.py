@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ssl_dist.methods import patches
-from ssl_dist.models.patches import LEVELS, LUMA, Grid, entropy, jensen_shannon, separation
+from ssl_dist.models.patches import LEVELS, LUMA, Grid, entropy, histograms, jensen_shannon, separation
 
 GRID = Grid(5, 3)
 
@@ -191,9 +191,9 @@ def test_divergence_of_histograms_is_jensen_and_shannons() -> None:
 def test_separation_is_all_there_can_be_between_black_and_white_and_nothing_between_equals() -> None:
     black, white = torch.zeros(3, 3, 4, 4), torch.ones(2, 3, 4, 4)
     kinds = torch.tensor([1, 1, 1, 0, 0]) > 0
-    within, between = separation(torch.cat([black, white]), kinds, ~kinds, kinds.nonzero()[:, 0])
+    within, between = separation(histograms(torch.cat([black, white])), kinds, ~kinds, kinds.nonzero()[:, 0])
     assert (float(within), float(between)) == pytest.approx((0, 1))
-    within, between = separation(torch.zeros(5, 3, 4, 4), kinds, ~kinds, kinds.nonzero()[:, 0])
+    within, between = separation(histograms(torch.zeros(5, 3, 4, 4)), kinds, ~kinds, kinds.nonzero()[:, 0])
     assert (float(within), float(between)) == pytest.approx((0, 0))
     nothing = torch.zeros(5) > 0
-    assert [float(each) for each in separation(black, nothing[:3], ~nothing[:3], nothing.nonzero()[:, 0])] == [0, 0]
+    assert [float(each) for each in separation(histograms(black), nothing[:3], ~nothing[:3], nothing.nonzero()[:, 0])] == [0, 0]

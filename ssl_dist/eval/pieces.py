@@ -44,7 +44,7 @@ def pieces(height: int, width: int, rim: int, side: int = SIDE) -> Iterator[Piec
 def looked_at(encoder: Encoder, pixels_HW3: np.ndarray) -> np.ndarray:
     """The maps (C, H, W) of what fits into memory at once."""
     device = next(encoder.parameters()).device
-    return encoder(torch.from_numpy(np.ascontiguousarray(pixels_HW3))[None].to(device))[0].float().cpu().numpy()
+    return encoder(torch.tensor(pixels_HW3)[None].to(device))[0].float().cpu().numpy()
 
 
 def whole(encoder: Encoder, picture_HW3: np.ndarray, side: int = SIDE) -> np.ndarray:

@@ -28,7 +28,7 @@ from ssl_dist.eval.settings import Segment
 from ssl_dist.models import encoder as encoders
 from ssl_dist.models.encoder import Encoder
 from ssl_dist.models.fcnn import lifted
-from ssl_dist.models.patches import Grid, entropy, separation
+from ssl_dist.models.patches import Grid, entropy, histograms, separation
 
 FLAT = 0.95             # of the largest separation: from there on it is held to be flat
 DRAWN = 32              # patches of a region and class, by which separation is found
@@ -89,8 +89,7 @@ def run(settings: Segment, device: torch.device, threads: int, progress: Progres
     torch.set_num_threads(threads)
     known, out = halves(settings), folder.make(settings.home)
     grid, ink = _seen_as(settings)
-    bank, query = ([(each.read().image_HW3, each.read().instances_HW > 0) for each in half]
-                   for half in (known.bank, known.query))
+    bank, query = [_read(each, settings.glance) for each in known.bank], [_read(each) for each in known.query]
     looks: list[Look] = []
     for step, weights in _checkpoints(settings):
         encoder = _loaded(settings, weights).to(device)
@@ -129,6 +128,14 @@ def run(settings: Segment, device: torch.device, threads: int, progress: Progres
     result["written"] = str(path)
     folder.write_json(path, result)
     return result
+
+
+def _read(region: Region, glance: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """A region and what is true of it, or its middle."""
+    found = region.read()
+    own = tuple(slice(max(0, (side - glance) // 2), max(0, (side - glance) // 2) + glance) if glance else slice(None)
+                for side in found.instances_HW.shape)
+    return found.image_HW3[own], found.instances_HW[own] > 0
 
 
 def looked_at(encoder: Encoder, step: int, bank: list[tuple[np.ndarray, np.ndarray]],
@@ -185,7 +192,7 @@ def _drawn(picture_HW3: np.ndarray, maps_CHW: np.ndarray, grid: Grid, ink: bool,
 def _apart(patches_M3PP: torch.Tensor, sure_M: torch.Tensor) -> float:
     """The separation of patches that the map is sure of from those that it is sure are something else."""
     positive_M = sure_M > blobs.SURE
-    within, between = separation(patches_M3PP, positive_M, ~positive_M, positive_M.nonzero()[:, 0])
+    within, between = separation(histograms(patches_M3PP), positive_M, ~positive_M, positive_M.nonzero()[:, 0])
     return float(between - within)
 
 

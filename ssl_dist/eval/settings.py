@@ -464,6 +464,8 @@ class Segment(Protocol):
     every: int = field(default=5, metadata={"range": (2, 10**6), "help": "which patients are asked about: every so "
                                             "manieth by name; the outlines of others choose thresholds, and what stands "
                                             "beside the choice without labels"})
+    glance: int = field(default=500, metadata={"range": (64, 10**6), "help": "pixels of the middle of a region, by which "
+                                               "is chosen; those asked about are looked at whole"})
     choose: str = field(default="separation", metadata={
         "choices": ("separation", "haematoxylin"), "help": "which of several classes, without labels: the one that is "
         "furthest from all else, or that goes best with haematoxylin"})
@@ -481,7 +483,35 @@ class Segment(Protocol):
         return Path(self.encoder).parent / "eval"
 
 
+@dataclass(kw_only=True)
+class Confidence(Protocol):
+    """Maps of slides and pictures of any size."""
+
+    protocol: str = "confidence"
+    encoder: str = field(metadata={"help": "a folder RUN/encoder of a network of maps"})
+    slides: list[str] = field(metadata={"some": True, "one": True, "help": "slides or pictures: folders, files, or "
+                                        "patterns such as '/data/*.svs', one or several"})
+    number: int | None = field(default=None, metadata={"range": (0, 10**6), "help": "of the class that is drawn; null: "
+                                                       "the one that eval/segment has chosen for this network"})
+    mpp: float | None = field(default=None, metadata={"range": (0.05, 100), "help": "microns per pixel of maps of "
+                                                      "slides; null: as in training"})
+    slide_mpp: float | None = field(default=None, metadata={"range": (0.05, 5), "help": "of slides that do not say"})
+    write: list[str] = field(default_factory=lambda: ["png", "geojson", "tif"], metadata={
+        "choices": ("png", "geojson", "tif"), "some": True, "help": "a small picture; outlines for QuPath; a pyramid"})
+    smallest: int = field(default=20, metadata={"range": (1, 10**6), "help": "pixels of what is outlined"})
+
+    def rules(self) -> list[str]:
+        """What cannot be said of one value alone."""
+        return super().rules() + absent(self.encoder)
+
+    @property
+    def beside(self) -> Path:
+        """maps/ beside the encoder."""
+        return Path(self.encoder).parent / "maps"
+
+
 PROTOCOLS: dict[str, type[Protocol]] = {
     "knn": Knn, "linear": Linear, "sgd": Sgd, "low": Low, "finetune": Finetune, "embed": Embed, "look": Look,
     "slide_linear": SlideLinear, "mil": Mil, "nuclei": Nuclei, "semantic": Semantic, "outline": Outline,
-    "segment": Segment}
+    "segment": Segment,
+    "confidence": Confidence}

@@ -20,7 +20,7 @@ from ssl_dist.methods import base, patches
 from ssl_dist.methods.losses import wide
 from ssl_dist.models.encoder import Encoder
 from ssl_dist.models.fcnn import PATCH, Featuriser, lifted
-from ssl_dist.models.patches import Grid, separation
+from ssl_dist.models.patches import Grid, histograms, separation
 
 SEEDS = 2**62           # so many there are
 
@@ -91,21 +91,23 @@ class Method(base.Method):
             shown_B3HW = lifted(pixels_BHW3.permute(0, 3, 1, 2).to(maps_BCHW.dtype) / 255)
             shown_B3HW = 1 - shown_B3HW if config.ink else shown_B3HW
             seen_BCK3PP = config.grid.seen(shown_B3HW, maps_BCHW, drawn.places_NCK)
-            return self._told(_of_all(seen_BCK3PP), _of_all(drawn.positive_NCK), _of_all(drawn.negative_NCK),
+            compared_BCKX = seen_BCK3PP if self.featuriser is None else torch.stack(
+                [wide(self.featuriser(own.flatten(0, 1))).unflatten(0, own.shape[:2])
+                 for own in seen_BCK3PP.unbind(1)], dim=1)
+            levels_BCKL = histograms(seen_BCK3PP.detach().flatten(0, 2)).unflatten(0, seen_BCK3PP.shape[:3])
+            return self._told(*map(_of_all, (compared_BCKX, levels_BCKL, drawn.positive_NCK, drawn.negative_NCK)),
                               chances_CA, len(maps_BCHW) * dist.world(), maps_BCHW)
 
-    def _told(self, seen_CM3PP: Tensor, positive_CM: Tensor, negative_CM: Tensor, chances_CA: Tensor, tiles: int,
-              maps_BCHW: Tensor) -> dict[str, Tensor]:
+    def _told(self, compared_CMX: Tensor, levels_CML: Tensor, positive_CM: Tensor, negative_CM: Tensor,
+              chances_CA: Tensor, tiles: int, maps_BCHW: Tensor) -> dict[str, Tensor]:
         """What every rank says alike of the patches of all. A class that lacks patches of one kind teaches nothing for
         once, and all ranks know of it."""
         config, similar = self.config, patches.SIMILARITIES[self.config.similarity]
-        compared_CMX = seen_CM3PP if self.featuriser is None else torch.stack(
-            [wide(self.featuriser(own)) for own in seen_CM3PP])
         loss, apart = maps_BCHW.sum() * 0, []
         for number, (own_MX, positive_M, negative_M) in enumerate(zip(compared_CMX, positive_CM, negative_CM,
                                                                       strict=True)):
             anchors_A = patches.anchors(positive_M, chances_CA[number])
-            apart.append(separation(seen_CM3PP[number].detach(), positive_M, negative_M, anchors_A))
+            apart.append(separation(levels_CML[number], positive_M, negative_M, anchors_A))
             if not len(anchors_A) or not bool(negative_M.any()):
                 continue
             own_AM = similar(own_MX[anchors_A], own_MX) / config.temperature

@@ -73,14 +73,13 @@ def jensen_shannon(one_AL: Tensor, other_ML: Tensor) -> Tensor:
     return spread((one_AL[:, None] + other_ML) / 2) - (spread(one_AL)[:, None] + spread(other_ML)) / 2
 
 
-def separation(patches_M3PP: Tensor, positive_M: Tensor, negative_M: Tensor, anchors_A: Tensor) -> tuple[Tensor, Tensor]:
-    """How different patches of a class are from each other, and from those that are not of it.
+def separation(levels_ML: Tensor, positive_M: Tensor, negative_M: Tensor, anchors_A: Tensor) -> tuple[Tensor, Tensor]:
+    """How different patches of a class are from each other, and from those that are not of it, by their histograms.
 
     The abstract has training end when "the information separation between the positive patches is small, and the
     positive-negative pairs is large", and the authors' code does not say how that is measured. Ours: the mean
     Jensen-Shannon divergence of the levels of grey that are seen in two patches. Without both kinds both are 0.
     """
-    levels_ML = histograms(patches_M3PP)
     if not len(anchors_A) or not bool(negative_M.any()):
         return levels_ML.new_zeros(()), levels_ML.new_zeros(())
     apart_AM = jensen_shannon(levels_ML[anchors_A], levels_ML)
