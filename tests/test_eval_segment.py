@@ -1,5 +1,5 @@
-"""Maps of any size are those of one pass; thresholds, cleaning and Dice against loops; the choice without labels; and the
-protocol over a run, on painted squares."""
+"""Maps of any size are those of one pass; thresholds, cleaning and Dice against loops; the choice without labels; and
+the protocol over a run, on painted squares."""
 
 import json
 import runpy
@@ -12,9 +12,9 @@ import torch
 from PIL import Image
 from scipy import ndimage
 
-from shards import regions, tiff, write
+from shards import tiff, write
 from shards.annotation import inside
-from ssl_dist import config, export, train
+from ssl_dist import config, train
 from ssl_dist.eval import blobs, confidence, pieces, segment
 from ssl_dist.eval.segment import Look
 from ssl_dist.eval.settings import Confidence, Segment
@@ -23,7 +23,7 @@ from ssl_dist.models.encoder import Encoder
 
 one_thread = runpy.run_path(str(Path(__file__).with_name("small.py")))["one_thread"]
 CPU = torch.device("cpu")
-NETWORK = {"classes": 2, "dilations": [1, 2, 4]}
+NETWORK = {"classes": 2, "dilations": [1, 2, 4], "own": True}
 
 
 def network() -> Encoder:
@@ -60,10 +60,7 @@ def test_pieces_without_their_rims_would_be_another_map() -> None:
 def test_what_is_there_does_not_depend_on_pieces_either(side: int) -> None:
     encoder, picture = network(), noise(150, 130)
 
-    def read(left: int, top: int, wide: int, high: int) -> np.ndarray:
-        return picture[top:top + high, left:left + wide]
-
-    sure, there = confidence.mapped(read, encoder, 1, (150, 130), side=side)
+    sure, there = confidence.mapped(pieces.of_picture(picture), encoder, 1, (150, 130), side=side)
     alone = pieces.looked_at(encoder, picture)[1]
     assert np.abs(sure.astype(int) - np.rint(255 * alone)).max() <= 1
     assert np.array_equal(there, blobs.cleaned(alone > 0.5))
@@ -229,8 +226,8 @@ def test_every_checkpoint_is_judged_and_labels_choose_beside_and_not_for_it(home
 
 def test_a_slide_and_a_picture_are_drawn_outlined_and_tiled(home: Path) -> None:
     picture = home / "regions" / "images" / "TCGA-AA-0003-region.png"
-    found = confidence.run(Confidence(encoder=str(home / "run" / "encoder"), slides=[str(picture)], number=1, smallest=1),
-                           CPU, 1, lambda *_: None)
+    found = confidence.run(Confidence(encoder=str(home / "run" / "encoder"), slides=[str(picture)], number=1,
+                                      smallest=1), CPU, 1, lambda *_: None)
     out = home / "run" / "maps"
     exported = encoders.load(home / "run" / "encoder").eval()
     sure = pieces.looked_at(exported, np.asarray(Image.open(picture).convert("RGB")))[1]
@@ -249,11 +246,12 @@ def test_a_slide_and_a_picture_are_drawn_outlined_and_tiled(home: Path) -> None:
 
 
 def test_a_whole_slide_is_mapped_in_its_own_coordinates(home: Path, slides: Path) -> None:
-    first = sorted(slides.glob("*.tif*"))[0] if sorted(slides.glob("*.tif*")) else sorted(slides.glob("*.svs"))[0]
+    first = sorted(slides.glob("*.svs"))[0]
     found = confidence.run(Confidence(encoder=str(home / "run" / "encoder"), slides=[str(first)], number=0, mpp=1.0,
                                       out=home / "slides"), CPU, 1, lambda *_: None)
     row = found["slides"][0]
-    with openslide.OpenSlide(str(first)) as slide, openslide.OpenSlide(str(home / "slides" / f"{row['slide']}.tif")) as own:
+    mapped = home / "slides" / f"{row['slide']}.tif"
+    with openslide.OpenSlide(str(first)) as slide, openslide.OpenSlide(str(mapped)) as own:
         assert own.dimensions == (round(slide.dimensions[0] / 2), round(slide.dimensions[1] / 2))
     corners = [corner for each in json.loads((home / "slides" / f"{row['slide']}.geojson").read_text())["features"]
                for ring in each["geometry"]["coordinates"] for corner in ring]
@@ -263,8 +261,8 @@ def test_a_whole_slide_is_mapped_in_its_own_coordinates(home: Path, slides: Path
 
 def test_which_class_is_drawn_is_asked_for_where_nobody_has_chosen(home: Path, tmp_path: Path) -> None:
     with pytest.raises(Exception, match="number=0 to number=1"):
-        confidence.run(Confidence(encoder=str(_copied(home, tmp_path)), slides=[str(home / "regions" / "images")]), CPU, 1,
-                       lambda *_: None)
+        confidence.run(Confidence(encoder=str(_copied(home, tmp_path)), slides=[str(home / "regions" / "images")]),
+                       CPU, 1, lambda *_: None)
 
 
 def _copied(home: Path, tmp_path: Path) -> Path:
@@ -285,5 +283,3 @@ def test_real_outlines_are_read_for_it(data: Path) -> None:
     known = segment.halves(Segment(encoder=str(data), regions=data / "monuseg2018" / "train", form="maps"))
     assert (len(known.bank), len(known.query)) == (24, 6)
     assert not {each.patient for each in known.bank} & {each.patient for each in known.query}
-    assert isinstance(known.bank[0], regions.Region)
-    assert export.FORMS

@@ -1,4 +1,4 @@
-"""Patches against plain loops in NumPy: where they are drawn, how alike they are, what is lost, how far apart they are."""
+"""Patches against plain loops in NumPy: where they are drawn, how alike they are, what it costs, how far apart."""
 
 import math
 
@@ -196,4 +196,5 @@ def test_separation_is_all_there_can_be_between_black_and_white_and_nothing_betw
     within, between = separation(histograms(torch.zeros(5, 3, 4, 4)), kinds, ~kinds, kinds.nonzero()[:, 0])
     assert (float(within), float(between)) == pytest.approx((0, 0))
     nothing = torch.zeros(5) > 0
-    assert [float(each) for each in separation(histograms(black), nothing[:3], ~nothing[:3], nothing.nonzero()[:, 0])] == [0, 0]
+    apart = separation(histograms(black), nothing[:3], ~nothing[:3], nothing.nonzero()[:, 0])
+    assert [float(each) for each in apart] == [0, 0]

@@ -173,7 +173,7 @@ def spread(pool: ThreadPoolExecutor, work: Callable[[int], None], rows: Iterable
 def smoothed(there_HW: np.ndarray, radii: Iterable[int]) -> np.ndarray:
     """What is there without specks and holes: opened and then closed by a disk of each radius, in pixels, in turn. What
     lies beyond the rim decides nothing."""
-    found = there_HW.astype(np.uint8)
+    found: np.ndarray = there_HW.astype(np.uint8)
     for radius in radii:
         down, across = np.mgrid[-radius:radius + 1, -radius:radius + 1]
         disk = (down**2 + across**2 <= radius**2).astype(np.uint8)

@@ -11,8 +11,8 @@ from ssl_dist.data import opencv
 SURE = 0.5
 DISKS = 3, 1            # radii of the authors' opening and closing, in this order
 BINS = 256
-# Ruifrok and Johnston's haematoxylin, eosin and what is left, as the rows of a matrix: how much each takes of red, green
-# and blue light. Its inverse tells stains from densities.
+# Ruifrok and Johnston's haematoxylin, eosin and what is left: how much each takes of red, green and blue light. The
+# inverse of the matrix tells stains from densities.
 STAINS = np.array([[0.65, 0.70, 0.29], [0.07, 0.99, 0.11], [0.27, 0.57, 0.78]])
 LUMA = np.array([0.299, 0.587, 0.114])
 

@@ -57,7 +57,8 @@ def run(settings: Confidence, device: torch.device, threads: int, progress: Prog
         rows.append(_mapped(source, settings, network, number, out, functools.partial(progress, source.slide)))
     result: dict[str, Any] = {
         "protocol": settings.protocol, "size": 0, "class": number, "shards": [], "metrics": {}, "intervals": {},
-        "encoder": {"path": settings.encoder, "architecture": network.name, "sha256": encoders.digest(settings.encoder)},
+        "encoder": {"path": settings.encoder, "architecture": network.name,
+                    "sha256": encoders.digest(settings.encoder)},
         "baselines": {}, "against": {}, "seen_in_pretraining": {}, "classes": [], "warnings": [], "slides": rows,
         "counts": {"slides": len(rows), "shared_patients": 0}, "seed": settings.seed,
         "pictures": [f"{row['slide']}.png" for row in rows if "png" in settings.write],
@@ -76,8 +77,8 @@ def _number(settings: Confidence, network: Encoder) -> int:
         try:
             chosen = int(json.loads(found.read_text())["class"])
         except (OSError, ValueError, KeyError, TypeError):
-            raise ShardError(f"which of {network.classes} classes is to be drawn is not known: there is no {found}; run "
-                             f"eval/segment, or say number=0 to number={network.classes - 1}") from None
+            raise ShardError(f"which of {network.classes} classes is to be drawn is not known: there is no {found}; "
+                             f"run eval/segment, or say number=0 to number={network.classes - 1}") from None
     if (chosen or 0) >= network.classes:
         raise ShardError(f"number={chosen} is none of {network.classes} classes, 0 to {network.classes - 1}")
     return chosen or 0
@@ -135,18 +136,19 @@ def _mapped(source: Source, settings: Confidence, network: Encoder, number: int,
             **({} if objects is None else {"objects": objects})}
 
 
-def mapped(read: Callable[[int, int, int, int], np.ndarray], network: Encoder, number: int, size: tuple[int, int],
+def mapped(read: pieces.Read, network: Encoder, number: int, size: tuple[int, int],
            progress: Callable[[int, int], None] = lambda *_: None, side: int = pieces.SIDE
            ) -> tuple[np.ndarray, np.ndarray]:
-    """The confidence (H, W), 0 to 255, and what it holds to be there; `read`: left, top, width, height -> RGB."""
+    """The confidence (H, W), 0 to 255, and what it holds to be there."""
     # Pages of which nothing is written take no memory: glass.
     confidence_HW, there_HW = np.zeros(size, np.uint8), np.zeros(size, bool)
+    colours_123 = pieces.colours(read, size)
     cut = [*pieces.pieces(*size, network.reach + blobs.cleaning_reach(), side)]
     for done, piece in enumerate(cut, start=1):
         top, bottom, left, right = piece.seen
         pixels_HW3 = read(left, top, right - left, bottom - top)
         if piece.kept(pixels_HW3.transpose(2, 0, 1)).min() < BLANK:
-            map_HW = pieces.looked_at(network, pixels_HW3)[number]
+            map_HW = pieces.looked_at(network, pixels_HW3, colours_123)[number]
             own = slice(piece.top, piece.bottom), slice(piece.left, piece.right)
             confidence_HW[own] = np.rint(255 * piece.kept(map_HW))
             there_HW[own] = piece.kept(blobs.cleaned(map_HW > blobs.SURE))

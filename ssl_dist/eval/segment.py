@@ -1,9 +1,9 @@
 """Maps of confidence against outlines: no label decides anything, and beside it what labels would have chosen.
 
-A map is cut at 0.5 and cleaned, as the authors do; Dice is the mean over regions. Of a run every checkpoint that is kept
-is looked at: training has done its work when separation has grown and is flat, which needs no outlines; the authors'
-code takes the step and the class that are best on outlined regions. Those are the `bank` here, and the `query`, whole
-patients, decides nothing.
+A map is cut at 0.5 and cleaned, as the authors do; Dice is the mean over regions. Of a run every checkpoint that is
+kept is looked at: training has done its work when separation has grown and is flat, which needs no outlines; the
+authors' code takes the step and the class that are best on outlined regions. Those are the `bank` here, and the
+`query`, whole patients, decides nothing.
 
 C classes   H, W pixels   K patches of a region   R regions asked about
 """
@@ -182,7 +182,7 @@ def _drawn(picture_HW3: np.ndarray, maps_CHW: np.ndarray, grid: Grid, ink: bool,
     """Patches (C, K, 3, P, P) of a picture as training sees them, and how sure the map is of each: drawn where it is
     sure, always the same."""
     maps_1CHW = torch.from_numpy(maps_CHW)[None]
-    light = lifted(torch.tensor(picture_HW3).permute(2, 0, 1)[None].float() / 255)
+    light = lifted(pieces.light(picture_HW3))
     sure_CG, known_CG = grid.means(maps_1CHW)[0], (1 - grid.means(entropy(maps_1CHW))[0]).clamp_min(1e-3)
     places_CK = torch.from_numpy(np.stack([rng.choice(len(own), DRAWN, p=own / own.sum())
                                            for own in known_CG.double().numpy()]))

@@ -462,10 +462,10 @@ class Segment(Protocol):
     names: str = field(default="", metadata={"help": "regular expression searched in a region's path, with a group "
                                                      "patient"})
     every: int = field(default=5, metadata={"range": (2, 10**6), "help": "which patients are asked about: every so "
-                                            "manieth by name; the outlines of others choose thresholds, and what stands "
-                                            "beside the choice without labels"})
-    glance: int = field(default=500, metadata={"range": (64, 10**6), "help": "pixels of the middle of a region, by which "
-                                               "is chosen; those asked about are looked at whole"})
+                                            "manieth by name; the outlines of others choose thresholds, and what "
+                                            "stands beside the choice without labels"})
+    glance: int = field(default=500, metadata={"range": (64, 10**6), "help": "pixels of the middle of a region, by "
+                                               "which is chosen; those asked about are looked at whole"})
     choose: str = field(default="separation", metadata={
         "choices": ("separation", "haematoxylin"), "help": "which of several classes, without labels: the one that is "
         "furthest from all else, or that goes best with haematoxylin"})

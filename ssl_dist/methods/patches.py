@@ -1,8 +1,8 @@
-"""Which patches patch-contrastive segmentation draws, how alike two of them are, and what it costs where like are unlike.
-Pure functions; every random number is given.
+"""Which patches patch-contrastive segmentation draws, how alike two of them are, and what it costs where like are
+unlike. Pure functions; every random number is given.
 
-N tiles   C classes   H, W pixels   G places of patches in a tile   K patches drawn of a tile and class   P a patch's side
-M patches   A of them that all are held against   L levels of grey
+N tiles   C classes   H, W pixels   G places of patches in a tile   K patches drawn of a tile and class
+P a patch's side   M patches   A of them that all are held against   L levels of grey
 """
 
 from collections.abc import Callable
@@ -128,8 +128,8 @@ def information(anchors: Tensor, others: Tensor) -> Tensor:
 
 
 def divergence(anchors: Tensor, others: Tensor) -> Tensor:
-    """Minus the Kullback-Leibler divergence of grey levels from an anchor's, pixel by pixel, on average; of numbers that
-    do not sum to one: q ln(q/p) - q + p, which is nothing for equals alone."""
+    """Minus the Kullback-Leibler divergence of grey levels from an anchor's, pixel by pixel, on average; of numbers
+    that do not sum to one: q ln(q/p) - q + p, which is nothing for equals alone."""
     one_AD, other_MD = grey(anchors), grey(others)
     own_M = (other_MD * other_MD.clamp_min(TINY).log() - other_MD).mean(dim=1)
     between_AM = one_AD.clamp_min(TINY).log() @ other_MD.T / one_AD.shape[1]

@@ -1,8 +1,8 @@
-"""Patch-contrastive segmentation (Boserup & Selvan 2022): a map of confidence, by patches that it holds to be of a kind.
+"""Patch-contrastive segmentation (Boserup & Selvan 2022): a map of confidence, by patches that it holds to be alike.
 
-A patch is seen as far as the map is confident of it: the picture times the map. Patches are drawn where the map is sure,
-each by its mean confidence as one of the class or as one that is not. Those of the class are to be like each other and
-unlike the others; and, of several classes, unlike each other's.
+A patch is seen as far as the map is confident of it: the picture times the map. Patches are drawn where the map is
+sure, each by its mean confidence as one of the class or as one that is not. Those of the class are to be like each
+other and unlike the others; and, of several classes, unlike each other's.
 
 B tiles of one rank   N of all   H, W pixels   C classes   G places of patches in a tile   K patches drawn of a tile
 P pixels of a patch's side   M patches of all tiles   A of them that all are held against
@@ -95,8 +95,8 @@ class Method(base.Method):
                 [wide(self.featuriser(own.flatten(0, 1))).unflatten(0, own.shape[:2])
                  for own in seen_BCK3PP.unbind(1)], dim=1)
             levels_BCKL = histograms(seen_BCK3PP.detach().flatten(0, 2)).unflatten(0, seen_BCK3PP.shape[:3])
-            return self._told(*map(_of_all, (compared_BCKX, levels_BCKL, drawn.positive_NCK, drawn.negative_NCK)),
-                              chances_CA, len(maps_BCHW) * dist.world(), maps_BCHW)
+            return self._told(_of_all(compared_BCKX), _of_all(levels_BCKL), _of_all(drawn.positive_NCK),
+                              _of_all(drawn.negative_NCK), chances_CA, len(maps_BCHW) * dist.world(), maps_BCHW)
 
     def _told(self, compared_CMX: Tensor, levels_CML: Tensor, positive_CM: Tensor, negative_CM: Tensor,
               chances_CA: Tensor, tiles: int, maps_BCHW: Tensor) -> dict[str, Tensor]:

@@ -61,11 +61,11 @@ class Encoder(nn.Module):
         self.register_buffer("_mean_C", torch.tensor(mean).view(1, 3, 1, 1) * 255, persistent=False)
         self.register_buffer("_std_C", torch.tensor(std).view(1, 3, 1, 1) * 255, persistent=False)
 
-    def forward(self, pixels_BHW3: Tensor) -> Tensor:
-        """uint8 (B, H, W, 3) -> (B, D), or (B, C, H, W)."""
+    def forward(self, pixels_BHW3: Tensor, *told: Tensor) -> Tensor:
+        """uint8 (B, H, W, 3) -> (B, D), or (B, C, H, W); `told`: what a network of maps may be told beside."""
         # A permuted view of HWC is channels_last already: no copy but the one that changes the type.
         pixels_B3HW = pixels_BHW3.permute(0, 3, 1, 2).to(self._mean_C.dtype)
-        return self.network((pixels_B3HW - self._mean_C) / self._std_C)
+        return self.network((pixels_B3HW - self._mean_C) / self._std_C, *told)
 
     def levels(self) -> list[tuple[int, int]]:
         """Channels, and how many pixels of a tile lie between two columns, of what `pyramid` gives: fine to coarse."""
@@ -124,8 +124,8 @@ class Encoder(nn.Module):
     def width(self) -> int:
         """How many numbers it makes of a tile."""
         if self.maps:
-            raise EncoderError(f"{self.name} makes a map of a tile and no vector; it goes with method.name=patchseg and "
-                               "`ssl-dist eval eval/segment`")
+            raise EncoderError(f"{self.name} makes a map of a tile and no vector; it goes with method.name=patchseg, "
+                               "eval/segment and eval/confidence")
         return self._width
 
     @property
