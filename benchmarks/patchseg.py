@@ -2,9 +2,9 @@
 
     python benchmarks/patchseg.py [--seeds 0 1 2] [--recipe patchseg_small] [--keep FOLDER]
 
-Trains on the regions of 24 patients without their outlines, and asks about those of 6 others: Dice of what separation and
-haematoxylin choose, of what labels would have chosen, of the untrained network, of Otsu's threshold on haematoxylin and of
-the level of grey that is best on the 24. A result file a run. No picture of MoNuSeg is kept: its licence is
+Trains on the regions of 24 patients without their outlines, and asks about those of 6 others: Dice of what separation
+and haematoxylin choose, of what labels would have chosen, of the untrained network, of Otsu's threshold on haematoxylin
+and of the level of grey that is best on the 24. A result file a run. No picture of MoNuSeg is kept: its licence is
 non-commercial.
 """
 
@@ -69,7 +69,8 @@ def draw(results: dict[int, dict[str, Any]]) -> Any:
         rows = [row for row in result["curves"]["encoder"] if row["class"] == result["class"]]
         steps = [row["step"] for row in rows]
         left.plot(result["training"]["step"], result["training"]["separation"], color=f"C{number}", lw=0.6, alpha=0.5)
-        left.plot(steps, [row["separation"] for row in rows], color=f"C{number}", marker="o", ms=3, label=f"seed {seed}")
+        left.plot(steps, [row["separation"] for row in rows], color=f"C{number}", marker="o", ms=3,
+                  label=f"seed {seed}")
         right.plot(steps, [100 * row["dice"] for row in rows], color=f"C{number}", marker="o", ms=3)
         chosen = next(row for row in rows if row["step"] == result["step"])
         right.plot(chosen["step"], 100 * chosen["dice"], color=f"C{number}", marker="s", ms=8, mfc="none")

@@ -419,22 +419,22 @@ def segment() -> str:
                      f"{each['seconds'] / 60:.1f} | {each['cpu_seconds'] / 120:.1f} |")
     lines.append(f"| mean | {spread([dice(each) for each in runs])} |  | "
                  f"{spread([dice(each, 'by_labels') for each in runs])} |  | "
-                 f"{spread([dice(each, 'random') for each in runs])} | {spread([dice(each, 'otsu') for each in runs])} | "
-                 f"{spread([dice(each, 'grey') for each in runs])} |  |  |")
+                 f"{spread([dice(each, 'random') for each in runs])} | {dice(runs[0], 'otsu'):.1f} | "
+                 f"{dice(runs[0], 'grey'):.1f} |  |  |")
     first = runs[0]
     how = {True: "cleaned", False: "as it is"}
     return "\n".join(lines) + (
         f"\n\nNuclei by [patch-contrastive segmentation](docs/segmentation.md) "
         f"([{first['recipe']}](configs/pretrain/{first['recipe']}.yaml)): mean Dice in % on regions of "
         f"{first['counts']['queries']} patients of MoNuSeg that were never trained on; in brackets where 95 % of "
-        f"bootstraps over patients lie. Of {first['counts']['bank']} others the network saw the pictures and no outline; "
-        "those choose, beside it, the step and class that are best by labels, the level of grey, and whether a threshold's "
-        f"map is cleaned (Otsu's on haematoxylin: {how[first['baselines']['otsu']['cleaned']]}; grey: "
-        f"{how[first['baselines']['grey']['cleaned']]}). Untrained: the same network, its class chosen as here. The recipe "
-        "was found on the training patients, with their outlines. Minutes: of training by the clock, beside other jobs "
-        "(load "
-        f"{max(each['load_while'][3] for each in runs):.0f} at most), and what its processors' time would be on two cores "
-        f"of its own. `python benchmarks/patchseg.py`; {first['cpu']}, {first['cpus']} cores, torch "
+        f"bootstraps over patients lie. Of {first['counts']['bank']} others the network saw pictures and no outline; "
+        "those choose, beside it, the step and class that are best by labels, the level of grey, and whether a "
+        f"threshold's map is cleaned (Otsu's on haematoxylin: {how[first['baselines']['otsu']['cleaned']]}; grey: "
+        f"{how[first['baselines']['grey']['cleaned']]}). Untrained: the same network, its class chosen as here. The "
+        "recipe was found on the training patients, with their outlines. Minutes: of training by the clock, beside "
+        f"other jobs (load {max(each['load_while'][3] for each in runs):.0f} at most), and what its processors' time "
+        f"would be on two cores of its own. `python benchmarks/patchseg.py`; {first['cpu']}, {first['cpus']} cores, "
+        "torch "
         f"{first['versions']['torch']}, {max(each['date'] for each in runs)}.\n\n"
         "![separation and Dice over steps](docs/segmentation.png)")
 

@@ -115,7 +115,7 @@ def gathered(home: Path, run: Path, forms: dict[str, str], encoder: Encoder, tra
     known = {found.fingerprint: [card["name"] for card in found.datasets] for found in reader.indexes}
     counted = datasets(reader)
     return Facts(
-        encoder.name, 0 if encoder.maps else encoder.width, encoder.classes if encoder.maps else 0,
+        encoder.name, 0 if encoder.maps else encoder.width, encoder.classes() if encoder.maps else 0,
         sum(each.numel() for each in encoder.network.parameters()),
         encoders.trained_size(home), list(encoder.mean), list(encoder.std), sha256,
         {kind: name for kind, name in forms.items() if (home / name).is_file()}, train, configs.method_config(train),

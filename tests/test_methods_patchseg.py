@@ -186,6 +186,9 @@ def test_what_cannot_be_is_refused(said: dict[str, Any], words: str) -> None:
 def test_networks_of_maps_and_of_vectors_are_not_taken_for_each_other(tmp_path: Path) -> None:
     with pytest.raises(EncoderError, match="fcnn makes a map of a tile and no vector"):
         train.build(config.load_train("pretrain/simclr", [f"data.shards=[{tmp_path}]", "encoder.name=fcnn"]))
+    network = Encoder("fcnn", {}, (0.0,) * 3, (1.0,) * 3)
+    with pytest.raises(EncoderError, match="no vector"):        # what kNN and `ssl-dist embed` ask of it first
+        _ = network.identity
     with pytest.raises(EncoderError, match=r"encoder\.name=fcnn"):
         train.build(config.load_train("pretrain/patchseg", [f"data.shards=[{tmp_path}]", "encoder.name=resnet18",
                                                             "encoder.args={classes: null}"]))

@@ -44,7 +44,7 @@ def rehearse(settings: Confidence) -> dict[str, Any]:
     for source in found:
         with _opened(source, settings):
             pass
-    return {"protocol": settings.protocol, "class": f"{_number(settings, network)} of {network.classes}",
+    return {"protocol": settings.protocol, "class": f"{_number(settings, network)} of {network.classes()}",
             "slides": len(found), "out": str(settings.home)}
 
 
@@ -72,15 +72,15 @@ def run(settings: Confidence, device: torch.device, threads: int, progress: Prog
 def _number(settings: Confidence, network: Encoder) -> int:
     """The class that is drawn."""
     chosen = settings.number
-    if chosen is None and network.classes > 1:
+    if chosen is None and network.classes() > 1:
         found = Path(settings.encoder).parent / "eval" / "segment.json"
         try:
             chosen = int(json.loads(found.read_text())["class"])
         except (OSError, ValueError, KeyError, TypeError):
-            raise ShardError(f"which of {network.classes} classes is to be drawn is not known: there is no {found}; "
-                             f"run eval/segment, or say number=0 to number={network.classes - 1}") from None
-    if (chosen or 0) >= network.classes:
-        raise ShardError(f"number={chosen} is none of {network.classes} classes, 0 to {network.classes - 1}")
+            raise ShardError(f"which of {network.classes()} classes is to be drawn is not known: there is no {found}; "
+                             f"run eval/segment, or say number=0 to number={network.classes() - 1}") from None
+    if (chosen or 0) >= network.classes():
+        raise ShardError(f"number={chosen} is none of {network.classes()} classes, 0 to {network.classes() - 1}")
     return chosen or 0
 
 
@@ -143,7 +143,7 @@ def mapped(read: pieces.Read, network: Encoder, number: int, size: tuple[int, in
     # Pages of which nothing is written take no memory: glass.
     confidence_HW, there_HW = np.zeros(size, np.uint8), np.zeros(size, bool)
     colours_123 = pieces.colours(read, size)
-    cut = [*pieces.pieces(*size, network.reach + blobs.cleaning_reach(), side)]
+    cut = [*pieces.pieces(*size, network.reach() + blobs.cleaning_reach(), side)]
     for done, piece in enumerate(cut, start=1):
         top, bottom, left, right = piece.seen
         pixels_HW3 = read(left, top, right - left, bottom - top)

@@ -76,9 +76,9 @@ def of_picture(picture_HW3: np.ndarray) -> Read:
 def whole(encoder: Encoder, picture_HW3: np.ndarray, side: int = SIDE) -> np.ndarray:
     """The maps (C, H, W) of a picture."""
     height, width = picture_HW3.shape[:2]
-    maps_CHW = np.empty((encoder.classes, height, width), np.float32)
+    maps_CHW = np.empty((encoder.classes(), height, width), np.float32)
     own = colours(of_picture(picture_HW3), (height, width))
-    for piece in pieces(height, width, encoder.reach, side):
+    for piece in pieces(height, width, encoder.reach(), side):
         top, bottom, left, right = piece.seen
         maps_CHW[:, piece.top:piece.bottom, piece.left:piece.right] = piece.kept(
             looked_at(encoder, picture_HW3[top:bottom, left:right], own))

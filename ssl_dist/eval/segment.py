@@ -78,7 +78,7 @@ def halves(settings: Segment) -> Halves:
 def rehearse(settings: Segment) -> dict[str, Any]:
     """All that can fail before a picture is looked at."""
     known, steps = halves(settings), [step for step, _ in _checkpoints(settings)]
-    classes = encoders.build(settings.encoder).classes
+    classes = encoders.build(settings.encoder).classes()
     return {"protocol": settings.protocol, "encoder": f"{classes} classes", "checkpoints": ", ".join(map(str, steps)),
             "regions that labels choose by": len(known.bank), "regions asked about": len(known.query),
             "out": str(settings.home)}
@@ -142,7 +142,7 @@ def looked_at(encoder: Encoder, step: int, bank: list[tuple[np.ndarray, np.ndarr
               query: list[tuple[np.ndarray, np.ndarray]], grid: Grid, ink: bool,
               progress: Any = lambda *_: None) -> list[Look]:
     """A look at each class of a network's maps."""
-    classes, rng = encoder.classes, np.random.default_rng(0)
+    classes, rng = encoder.classes(), np.random.default_rng(0)
     seen, sure, stains, dices = [], [], [], []
     for number, (picture_HW3, true_HW) in enumerate(bank):
         maps_CHW = pieces.whole(encoder, picture_HW3)

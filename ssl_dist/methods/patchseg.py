@@ -75,7 +75,7 @@ class Method(base.Method):
 
     def __init__(self, config: Config, encoder: Encoder):
         super().__init__()
-        self.encoder, self.config, self.views, self.classes = encoder, config, each(config.views), encoder.classes
+        self.encoder, self.config, self.views, self.classes = encoder, config, each(config.views), encoder.classes()
         self.featuriser = Featuriser() if config.similarity == "features" else None
         # Of the run's seed, as the first weights are: with the step it decides what is drawn, on any number of ranks.
         self.register_buffer("_seed", torch.randint(SEEDS, ()), persistent=False)

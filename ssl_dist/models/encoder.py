@@ -123,12 +123,14 @@ class Encoder(nn.Module):
     @property
     def width(self) -> int:
         """How many numbers it makes of a tile."""
+        self._makes_vectors()
+        return self._width
+
+    def _makes_vectors(self) -> None:
         if self.maps:
             raise EncoderError(f"{self.name} makes a map of a tile and no vector; it goes with method.name=patchseg, "
                                "eval/segment and eval/confidence")
-        return self._width
 
-    @property
     def classes(self) -> int:
         """How many maps it makes of a tile."""
         if not self.maps:
@@ -136,14 +138,14 @@ class Encoder(nn.Module):
                                f"{' or '.join(MAPS)}")
         return cast(Confidence, self.network).classes
 
-    @property
     def reach(self) -> int:
         """How many pixels to each side decide a pixel of a map."""
-        return cast(Confidence, self.network).reach if self.classes else 0
+        return cast(Confidence, self.network).reach if self.classes() else 0
 
     @property
     def identity(self) -> dict[str, Any]:
         """What decides the vectors beside the weights."""
+        self._makes_vectors()
         return {"architecture": self.name, "args": self.args, "mean": list(self.mean), "std": list(self.std)}
 
     @torch.no_grad()
@@ -206,8 +208,8 @@ class Encoder(nn.Module):
         if self.maps:
             card = {"mean": self.mean, "std": self.std, **({"input_size": (3, size, size)} if size else {})}
             (folder / "config.json").write_text(json.dumps({
-                "architecture": self.name, "model_args": self.args, "num_classes": self.classes, "pretrained_cfg": card,
-                "ssl_dist": about}, indent=2) + "\n")
+                "architecture": self.name, "model_args": self.args, "num_classes": self.classes(),
+                "pretrained_cfg": card, "ssl_dist": about}, indent=2) + "\n")
             save_file({name: each.contiguous() for name, each in self.network.state_dict().items()},
                       folder / "model.safetensors")
             return

@@ -63,7 +63,7 @@ def colours(light_B3HW: Tensor) -> Tensor:
 
 
 def sums(light_B3HW: Tensor) -> Tensor:
-    """What can be added up over pieces (B, 2, 3, 3): of pixels that are no glass, and of all, count, sum and squares."""
+    """What can be added up over pieces (B, 2, 3, 3): count, sum and squares of pixels that are no glass, and of all."""
     wide = light_B3HW.double()
     found = []
     for there_B1HW in ((wide < GLASS).any(dim=1, keepdim=True).double(), torch.ones_like(wide[:, :1])):
