@@ -290,9 +290,14 @@ def learnt() -> dict[str, dict[int, dict]]:
 
 def _told(result: dict) -> dict:
     """All that decides what a run learns and how it is asked, but for the seed."""
+    return {**_recipe(result), "asked": [result["size"], result["k"]]}
+
+
+def _recipe(result: dict) -> dict:
+    """All that decides what a run learns, but for the seed."""
     config = {key: result["config"][key] for key in ("data", "method", "encoder", "optim", "steps", "epochs", "samples",
                                                      "precision", "accumulate")}
-    return {**config, "data": {**config["data"], "shards": None}, "asked": [result["size"], result["k"]]}
+    return {**config, "data": {**config["data"], "shards": None}}
 
 
 def _mean(runs: Iterable[dict], protocol: str, what: str) -> tuple[float, float]:
@@ -464,6 +469,57 @@ def valued() -> dict[str, dict]:
     return {result["method"]: result for result in results}
 
 
+def segment() -> str:
+    """The table of nuclei found without labels: the newest result of every seed."""
+    found = segmented()
+    if not found:
+        return "Not measured yet."
+
+    def dice(each: dict, name: str = "") -> float:
+        return 100 * (each["baselines"][name] if name else each["metrics"])["dice"]
+
+    def spread(values: list[float]) -> str:
+        return f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}" if len(values) > 1 else \
+            f"{values[0]:.1f}"
+
+    lines = ["| seed | Dice | step | chosen by labels | step | untrained | Otsu | best grey | minutes | of two cores |",
+             "|---|---|---|---|---|---|---|---|---|---|"]
+    runs = list(found.values())
+    for seed, each in found.items():
+        low, high = (100 * edge for edge in each["intervals"]["dice"])
+        lines.append(f"| {seed} | {dice(each):.1f} ({low:.0f} to {high:.0f}) | {each['step']} | "
+                     f"{dice(each, 'by_labels'):.1f} | {each['baselines']['by_labels']['step']} | "
+                     f"{dice(each, 'random'):.1f} | {dice(each, 'otsu'):.1f} | {dice(each, 'grey'):.1f} | "
+                     f"{each['seconds'] / 60:.1f} | {each['cpu_seconds'] / 120:.1f} |")
+    lines.append(f"| mean | {spread([dice(each) for each in runs])} |  | "
+                 f"{spread([dice(each, 'by_labels') for each in runs])} |  | "
+                 f"{spread([dice(each, 'random') for each in runs])} | {dice(runs[0], 'otsu'):.1f} | "
+                 f"{dice(runs[0], 'grey'):.1f} |  |  |")
+    first = runs[0]
+    how = {True: "cleaned", False: "as it is"}
+    return "\n".join(lines) + (
+        f"\n\nNuclei by [patch-contrastive segmentation](docs/segmentation.md) "
+        f"([{first['recipe']}](configs/pretrain/{first['recipe']}.yaml)): mean Dice in % on regions of "
+        f"{first['counts']['queries']} patients of MoNuSeg that were never trained on; in brackets where 95 % of "
+        f"bootstraps over patients lie. Of {first['counts']['bank']} others the network saw pictures and no outline; "
+        "those choose, beside it, the step and class that are best by labels, the level of grey, and whether a "
+        f"threshold's map is cleaned (Otsu's on haematoxylin: {how[first['baselines']['otsu']['cleaned']]}; grey: "
+        f"{how[first['baselines']['grey']['cleaned']]}). Untrained: the same network, its class chosen as here. The "
+        "recipe was found on the training patients, with their outlines. Minutes: of training by the clock, beside "
+        f"other jobs (load {max(each['load_while'][3] for each in runs):.0f} at most), and what its processors' time "
+        f"would be on two cores of its own. `python benchmarks/patchseg.py`; {first['cpu']}, {first['cpus']} cores, "
+        "torch "
+        f"{first['versions']['torch']}, {max(each['date'] for each in runs)}.\n\n"
+        "![separation and Dice over steps](docs/segmentation.png)")
+
+
+def segmented() -> dict[int, dict]:
+    """Of the recipe that was measured last the newest result of every seed; of older settings none."""
+    results = [_read(path) for path in sorted(_files("patchseg_"), key=lambda path: path.stem.rpartition("_")[2])]
+    same = [each for each in results if _recipe(each) == _recipe(results[-1])]
+    return {each["seed"]: each for each in sorted(same, key=lambda each: each["seed"])}
+
+
 def _newest(prefix: str) -> dict | None:
     files = _files(prefix)
     return _read(files[-1]) if files else None
@@ -477,7 +533,7 @@ def _read(path: Path) -> dict:
     return json.loads(path.read_text())
 
 
-PAGES = {"README.md": {"demo": demo, "learn": learn, "worth": worth, "mil": mil, "tree": tree},
+PAGES = {"README.md": {"demo": demo, "learn": learn, "worth": worth, "mil": mil, "segment": segment, "tree": tree},
          "docs/gigassl.md": {"gigassl": gigassl},
          "docs/measured.md": {"data": data, "stream": stream, "train": train, "start": start, "features": extract,
                               "embed": embed, "safety": safety, "kills": kills, "shard": shard}}

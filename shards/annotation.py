@@ -1,14 +1,16 @@
 """A pathologist's regions (QuPath's GeoJSON, ASAP's XML, Aperio ImageScope's XML), drawn once as a map of classes."""
 
+import gzip
 import json
 import math
 import re
 import xml.etree.ElementTree as ElementTree
+import zlib
 from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -58,7 +60,7 @@ class Annotation:
         Later regions lie over earlier ones and show them through their holes; but what has a class lies over what
         has none, and what is to be left out over all, whatever the order in which a program writes them.
         """
-        shapes = _shapes(path)
+        shapes = shapes_of(path)
         classes = list(dict.fromkeys(shape.name for shape in shapes
                                      if shape.name.lower() not in CUTS + FRAMES))
         if len(classes) > (limit := np.iinfo(np.uint16).max - NAMED):
@@ -141,13 +143,13 @@ def _draw(drawn: np.ndarray, shape: Shape, scale: float, ink: int) -> None:
                      zip(outline.max(axis=0), (width, height), strict=True))
     if right <= left or bottom <= top:
         return      # beside the slide
-    stencil = _inside(outline - (left, top), right - left, bottom - top)
+    stencil = inside(outline - (left, top), right - left, bottom - top)
     for hole in shape.holes:
-        stencil &= ~_inside(hole * scale - (left, top), right - left, bottom - top)
+        stencil &= ~inside(hole * scale - (left, top), right - left, bottom - top)
     np.copyto(drawn[top:bottom, left:right], ink, where=stencil)
 
 
-def _inside(ring: np.ndarray, width: int, height: int) -> np.ndarray:
+def inside(ring: np.ndarray, width: int, height: int) -> np.ndarray:
     """True where the centre of a pixel lies in the ring, by the even-odd rule: an odd number of edges to its left.
 
     Every edge flips the pixels to its right, in the rows whose centre line it crosses; so the cost is that of the
@@ -171,24 +173,29 @@ def _inside(ring: np.ndarray, width: int, height: int) -> np.ndarray:
 # --- reading
 
 
-def _shapes(path: Path) -> list[Shape]:
+def shapes_of(path: Path) -> list[Shape]:
+    """Every region of a file, as it was drawn; one that ends in .gz is unpacked on the way."""
     if not path.is_file():
         raise ShardError(f"no annotation at {path}; write one there, or do without: labels=names inside=false")
     if (size := path.stat().st_size) > MAX_BYTES:
         raise ShardError(f"{path} has {size / 2**20:.0f} MiB, which no person drew (at most {MAX_BYTES >> 20}): export "
                          "the annotations without the objects that a program detected")
     try:
-        with path.open("rb") as handle:
+        with _opened(path) as handle:
             start = handle.read(512).removeprefix(b"\xef\xbb\xbf").lstrip()      # some programs put a mark first
         if not start:
             raise ValueError("it is empty, as a copy that failed is")
         found = _geojson(path) if start[:1] in (b"{", b"[") else _xml(path)
         return [shape for shape in found if len(shape.outline) > 2]
     except (ElementTree.ParseError, AttributeError, KeyError, TypeError, ValueError, OverflowError,
-            RecursionError) as error:
+            RecursionError, EOFError, gzip.BadGzipFile, zlib.error) as error:
         what = f"no {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
         raise ShardError(f"{path} is not an annotation as QuPath (GeoJSON), ASAP or ImageScope (XML) write it ({what});"
                          " export it again, or do without: labels=names inside=false") from None
+
+
+def _opened(path: Path) -> gzip.GzipFile | BinaryIO:
+    return gzip.open(path) if path.suffix == ".gz" else path.open("rb")
 
 
 def _ring(points: Any) -> np.ndarray:
@@ -199,8 +206,15 @@ def _ring(points: Any) -> np.ndarray:
     return ring
 
 
+def _whole(path: Path) -> bytes:
+    with _opened(path) as handle:
+        if len(content := handle.read(MAX_BYTES + 1)) > MAX_BYTES:
+            raise ValueError(f"unpacked it has more than {MAX_BYTES >> 20} MiB, which no person drew")
+    return content
+
+
 def _geojson(path: Path) -> Iterator[Shape]:
-    content = json.loads(path.read_bytes().decode("utf-8-sig"))
+    content = json.loads(_whole(path).decode("utf-8-sig"))
     # QuPath writes a collection, a list of features, or one feature, as the person who exports it chooses.
     features = content if isinstance(content, list) else content.get("features", [content])
     for feature in features:
@@ -236,9 +250,12 @@ def _xml(path: Path) -> list[Shape]:
     reader = _Xml()
     # Fed piece by piece to a target that keeps corners only: no tree of elements, however large the file.
     parser = ElementTree.XMLParser(target=reader)
-    with path.open("rb") as handle:
+    read = 0
+    with _opened(path) as handle:
         while piece := handle.read(1 << 20):
             parser.feed(piece)
+            if (read := read + len(piece)) > MAX_BYTES:
+                raise ValueError(f"unpacked it has more than {MAX_BYTES >> 20} MiB, which no person drew")
     parser.close()
     # CAMELYON16 is older than its names for groups: in some of its files "_0" and "_1" are its "Tumor", and "_2" its
     # "Exclusion". Elsewhere "_2" is only the third layer of an ImageScope file that ASAP read, so its own files alone.

@@ -3,8 +3,10 @@
 import collections
 import math
 import os
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tifffile
@@ -15,6 +17,8 @@ from shards.jpeg import JpegError
 
 TISSUE = (190, 120, 170)
 CACHE = 64 << 20        # bytes of decoded tiles: some rows of a slide
+BIG = 2**31             # pixels, from which on a TIFF needs places of 64 bits
+STRIP = 256             # rows of a map that are halved at a time
 
 
 class Level:
@@ -134,3 +138,39 @@ def write_pyramid(path: Path, pixels: np.ndarray, mpp: float, quality: int) -> N
         for _ in range(2):
             level = level.reduce(4)
             page(np.asarray(level), tile=(256, 256), description=f"{whole} -> {level.width}x{level.height} {facts}")
+
+
+def write_map(path: Path, values_HW: np.ndarray, mpp: float | None, side: int = 256) -> None:
+    """A map of 8 bits as a pyramid of tiles, each level half of the one before, which OpenSlide opens as a slide; a
+    piece of it is in memory at a time. `mpp`: microns per pixel, as centimetres, which TIFF knows."""
+    facts: dict[str, Any] = {"photometric": "minisblack", "tile": (side, side), "compression": "deflate",
+                             "metadata": None, "software": False, "dtype": np.uint8}
+    if mpp:
+        facts |= {"resolution": (1e4 / mpp, 1e4 / mpp), "resolutionunit": "CENTIMETER"}
+    with tifffile.TiffWriter(path, bigtiff=values_HW.size >= BIG) as tiff:
+        level = values_HW
+        while True:
+            # OpenSlide takes for levels what says that it is a smaller copy.
+            tiff.write(_tiles(level, side), shape=level.shape, subfiletype=int(level is not values_HW), **facts)
+            if max(level.shape) <= side:
+                return
+            level = _halved(level)
+            facts.pop("resolution", None)
+            facts.pop("resolutionunit", None)
+
+
+def _tiles(values_HW: np.ndarray, side: int) -> Iterator[np.ndarray]:
+    for top in range(0, values_HW.shape[0], side):
+        for left in range(0, values_HW.shape[1], side):
+            own = values_HW[top:top + side, left:left + side]
+            yield np.pad(own, [(0, side - own.shape[0]), (0, side - own.shape[1])])
+
+
+def _halved(values_HW: np.ndarray) -> np.ndarray:
+    """Means of two by two pixels, a strip at a time; an odd row or column counts twice."""
+    found = np.empty([-(-length // 2) for length in values_HW.shape], np.uint8)
+    for top in range(0, len(found), STRIP):
+        own = values_HW[2 * top:2 * (top + STRIP)]
+        own = np.pad(own, [(0, len(own) % 2), (0, own.shape[1] % 2)], mode="edge").astype(np.uint16)
+        found[top:top + STRIP] = (own[::2, ::2] + own[1::2, ::2] + own[::2, 1::2] + own[1::2, 1::2] + 2) // 4
+    return found

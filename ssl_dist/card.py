@@ -26,7 +26,7 @@ BASELINES = {"random": "untrained", "colours": "colour histograms"}
 FRONT = "---\n{}---\n"
 CARD = """# {architecture}, {method} on {tiles:,} histology tiles
 
-A timm `{architecture}` ({parameters:,} weights) that makes {width} numbers of a tile, pretrained without labels by
+A {whose} `{architecture}` ({parameters:,} weights) that makes {makes}, pretrained without labels by
 `{method}` with ssl_dist {version}{unfinished}. **For research only, not for diagnosis.**
 
 ## Use
@@ -35,9 +35,8 @@ A timm `{architecture}` ({parameters:,} weights) that makes {width} numbers of a
 {use}
 ```
 
-Tiles are RGB, scaled to 0 to 1, less the mean {mean}, over the deviation {std} (`prepare` does that); in training they
-were {size} pixels wide, at {mpp}. Once this folder lies on the Hugging Face hub, `hf-hub:OWNER/NAME` stands for
-`local-dir:.`.{forms}
+Tiles are RGB, scaled to 0 to 1, less the mean {mean}, over the deviation {std} (`{prepared}` does that); in training
+they were {size} pixels wide, at {mpp}.{hub}{forms}
 
 ## Trained on
 
@@ -125,6 +124,16 @@ prepare = timm.data.create_transform(**timm.data.resolve_model_data_config(encod
 tiles = [prepare(Image.open(path).convert("RGB")) for path in ["tile.png"]]
 with torch.inference_mode():
     features = encoder(torch.stack(tiles))    # (tiles, {width})"""
+HUB = " Once this folder lies on the Hugging Face hub, `hf-hub:OWNER/NAME` stands for `local-dir:.`."
+USE_MAPS = """import numpy as np
+import torch
+from PIL import Image
+from ssl_dist.models import encoder as encoders
+
+encoder = encoders.load(".").eval()         # in this folder
+picture = np.asarray(Image.open("region.png").convert("RGB"))       # of any size
+with torch.inference_mode():
+    maps = encoder(torch.from_numpy(picture)[None])    # (1, {classes}, height, width), from 0 to 1"""
 OPEN = """import numpy as np
 {imports}
 from PIL import Image
@@ -164,14 +173,18 @@ def write(home: Path, run: Path, forms: dict[str, str], encoder: nn.Module, trai
 
 def told(facts: Facts) -> str:
     """The card: metadata as the Hugging Face hub reads it, and text for a reader."""
-    if not facts.timm:
+    if not facts.tiles:
         return _own(facts)
     train, mpp = facts.train, _mpp({each for one in facts.datasets for each in one.mpp})
     front = yaml.safe_dump(metadata(facts), sort_keys=False, allow_unicode=True)
     return FRONT.format(front) + CARD.format(
         architecture=facts.architecture, method=train.method["name"], tiles=sum(one.tiles for one in facts.datasets),
-        parameters=facts.parameters, width=facts.width, version=_version(facts), size=facts.size, mean=facts.mean,
-        std=facts.std, mpp=mpp, use=USE.format(width=facts.width), forms=_forms(facts), data=_data(facts.datasets),
+        parameters=facts.parameters, version=_version(facts), size=facts.size, mean=facts.mean, std=facts.std, mpp=mpp,
+        forms=_forms(facts), data=_data(facts.datasets), **(
+            {"whose": "timm", "makes": f"{facts.width} numbers of a tile", "prepared": "prepare", "hub": HUB,
+             "use": USE.format(width=facts.width)} if facts.width else
+            {"whose": "network", "makes": f"{facts.classes} maps of a picture, a number a pixel", "prepared": "encoder",
+             "hub": "", "use": USE_MAPS.format(classes=facts.classes)}),
         unfinished=_unfinished(facts),
         choice=_choice(facts), training=_training(facts), settings=_settings(facts), results=_results(facts),
         views="\n".join(map(_view, getattr(facts.method, "views", ()))) or "- not told by the method",
@@ -204,7 +217,8 @@ def metadata(facts: Facts) -> dict[str, Any]:
                 "metrics": [{"type": figure, "value": own.value, "name": f"{FIGURES[figure]}, {each.protocol}"}
                             for figure, _, own, _ in each.scores]}
                for each in facts.evaluations if each.listed for name in [", ".join(each.datasets) or "unknown"]]
-    return {"library_name": "timm", "pipeline_tag": "image-feature-extraction", "license": "other",
+    kind = ("timm", "image-feature-extraction") if facts.width else ("ssl_dist", "image-segmentation")
+    return {"library_name": kind[0], "pipeline_tag": kind[1], "license": "other",
             "license_name": "see-the-licences-of-its-data",
             "data_licences": sorted({word for one in facts.datasets for word in one.licences}),
             "tags": ["histology", "pathology", "self-supervised", method],

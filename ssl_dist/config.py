@@ -297,7 +297,8 @@ def method_config(train: Train, where: str = "config", places: dict[str, str] | 
 def methods() -> list[str]:
     """The methods there are: the files of the folder `methods/`, but for what they share."""
     folder = Path(__file__).parent / "methods"
-    return sorted(path.stem for path in folder.glob("*.py") if path.stem not in ("__init__", "base", "losses"))
+    shared = "__init__", "base", "losses", "patches"
+    return sorted(path.stem for path in folder.glob("*.py") if path.stem not in shared)
 
 
 def recipes() -> Path:

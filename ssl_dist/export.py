@@ -69,6 +69,9 @@ def portable(home: Path, kind: str) -> Path:
     """The encoder of an exported folder as one file that needs neither timm nor us: `onnx` or `torchscript`. It takes
     uint8 (B, size, size, 3), as tiles come from a JPEG, and normalises them itself; any B."""
     encoder, size = encoders.load(home).eval().requires_grad_(False), encoders.trained_size(home)
+    if encoder.maps:
+        raise NotPortable(f"{home} makes maps, and {FORMS[kind]} is written of networks that make vectors; "
+                          "`ssl-dist eval eval/confidence` maps pictures and slides")
     # Two tiles that differ: of equal ones, or of one, a trace may keep what is true of that example alone.
     example = torch.randint(0, 256, (2, size, size, 3), dtype=torch.uint8)
     path = home / FORMS[kind]

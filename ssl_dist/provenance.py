@@ -90,9 +90,10 @@ class Facts:
     """All that the card tells."""
 
     architecture: str
-    timm: bool                      # or a network of ours
+    tiles: bool                     # an Encoder, of tiles; or a network of slides
     samples: str                    # what it learnt of: tiles or slides
-    width: int
+    width: int                      # of the vector of a tile; 0: it makes maps
+    classes: int                    # of maps
     parameters: int
     size: int                       # of a network of timm's
     mean: list[float]
@@ -118,7 +119,8 @@ def gathered(home: Path, run: Path, forms: dict[str, str], encoder: Any, train: 
     counted = datasets(reader)
     timm = isinstance(encoder, Encoder)
     return Facts(
-        encoder.name, timm, "slides" if index.draws(reader.indexes[0]) else "tiles", encoder.width,
+        encoder.name, timm, "slides" if index.draws(reader.indexes[0]) else "tiles",
+        0 if timm and encoder.maps else encoder.width, encoder.classes() if timm and encoder.maps else 0,
         sum(each.numel() for each in encoder.parameters()), encoders.trained_size(home) if timm else 0,
         list(encoder.mean) if timm else [], list(encoder.std) if timm else [], sha256,
         {kind: name for kind, name in forms.items() if (home / name).is_file()}, train, configs.method_config(train),

@@ -55,6 +55,9 @@ PAPERS = {
                   paper(1, 224, (0.4, 1.0), blur=0.1, solarise=0.2, **KANG), paper(8, 96, (0.05, 0.4), **KANG)],
     "ciga": [paper(2, 224, (0.08, 1.0), STRONG)],
     "dehaene": [paper(2, 224, (0.2, 1.0), MOCO, vertical=0.5, turn=1.0)],
+    # 250 of 1000 pixels, no colour is changed.
+    "patchseg": [{**paper(1, 250, (1 / 16, 1 / 16), (0.2, 0.2, 0.2, 0.05), blur=0.0, vertical=0.5, turn=1.0),
+                  "ratio": (1.0, 1.0), "jitter": 0.0, "grey": 0.0}],
 }
 NAMES = {field.name for field in fields(View)}
 # What the notes on the papers do not call read in code (C): the letter and the values.
@@ -63,6 +66,7 @@ DOUBTED = {
     "ciga": {"?": "scale ratio jitter brightness contrast saturation hue grey blur sigma"},
     "dehaene": {"R": "size turn vertical",
                 "?": "scale ratio jitter brightness contrast saturation hue grey blur sigma"},
+    "patchseg": {"?": "turn horizontal vertical"},
 }
 DOUBTED |= dict.fromkeys(("swav_kang", "barlow_kang", "dino_kang"), DOUBTED["moco_v2_kang"])
 

@@ -74,7 +74,7 @@ DOORS = {
     "timm": "ssl_dist/models/encoder.py", "deepspeed": "ssl_dist/engine.py", "submitit": "launch/slurm.py",
     "tifffile": "shards/tiff.py", "simplejpeg": "shards/jpeg.py", "h5py": "shards/arrays.py",
     "typer": "ssl_dist/cli.py", "omegaconf": "ssl_dist/schema.py", "jinja2": "ssl_dist/report/page.py",
-    "fsspec": "ssl_dist/data/stage.py",
+    "fsspec": "ssl_dist/data/stage.py", "skimage": "ssl_dist/eval/watershed.py",
 }
 NEVER_TORCH = ("shards", "launch", "ssl_dist/report", "ssl_dist/schema.py", "ssl_dist/config.py", "ssl_dist/cli.py",
                "ssl_dist/eval/settings.py", "ssl_dist/slides.py")
@@ -222,7 +222,11 @@ def test_every_recipe_parses_and_begins_with_what_it_is(path: Path, tmp_path: Pa
         tiles = [f"encoder={tmp_path}", f"data.shards=[{tmp_path}]"]
         slides = {"slide_linear": [f"vectors={tmp_path}", f"labels={tmp_path}"],
                   "slide_embed": [f"encoder={tmp_path}", f"bags={tmp_path}"],
-                  "mil": [f"bags={tmp_path}", f"labels={tmp_path}"]}
+                  "mil": [f"bags={tmp_path}", f"labels={tmp_path}"],
+                  "segment": [f"encoder={tmp_path}", f"regions={tmp_path}"],
+                  "confidence": [f"encoder={tmp_path}", f"slides=[{tmp_path}]"],
+                  **{name: [f"encoder={tmp_path}", f"data.regions={tmp_path}"] for name in ("nuclei", "semantic")},
+                  "outline": [f"network={tmp_path}", f"slides=[{tmp_path}]"]}
         words = {name: slides.get(name, tiles) for name in PROTOCOLS}
         own = yaml.safe_load(path.read_text())["protocol"]
         assert config.load_eval(str(path), words[own]).protocol == own

@@ -131,7 +131,7 @@ def test_a_thousand_random_polygons_are_what_the_even_odd_rule_says() -> None:
         if rng.random() < 0.5:
             ring = ring.round()     # corners on the edges of pixels, edges along them
         truth = [[inside(x + 0.5, y + 0.5, ring.tolist()) for x in range(12)] for y in range(10)]
-        assert annotation._inside(ring, 12, 10).tolist() == truth
+        assert annotation.inside(ring, 12, 10).tolist() == truth
 
 
 def test_three_formats_of_the_same_regions_are_the_same_map(tmp_path: Path) -> None:

@@ -168,3 +168,15 @@ def spread(pool: ThreadPoolExecutor, work: Callable[[int], None], rows: Iterable
 
     for done in [pool.submit(some, chosen[first:first + 8]) for first in range(0, len(chosen), 8)]:
         done.result()
+
+
+def smoothed(there_HW: np.ndarray, radii: Iterable[int]) -> np.ndarray:
+    """What is there without specks and holes: opened and then closed by a disk of each radius, in pixels, in turn. What
+    lies beyond the rim decides nothing."""
+    found: np.ndarray = there_HW.astype(np.uint8)
+    for radius in radii:
+        down, across = np.mgrid[-radius:radius + 1, -radius:radius + 1]
+        disk = (down**2 + across**2 <= radius**2).astype(np.uint8)
+        for step in (cv2.MORPH_OPEN, cv2.MORPH_CLOSE):
+            found = cv2.morphologyEx(found, step, disk)
+    return found > 0

@@ -82,6 +82,10 @@ PRESETS = {
     "ciga": Preset("Ciga et al. 2022; what the authors said in public, and SimCLR's values where they said none",
                    SIMCLR.views, {"?": "scale ratio jitter brightness contrast saturation hue grey blur sigma "
                                        "solarise turn horizontal vertical"}),
+    # One crop as it is, of a region of 1000 pixels; whether the authors turn it is not known to us.
+    "patchseg": Preset("Boserup and Selvan 2022; nickeopti/bach-contrastive-segmentation: one crop of 250 pixels",
+                       (View(size=250, scale=(0.0625, 0.0625), ratio=(1.0, 1.0), turn=1.0, jitter=0.0, grey=0.0,
+                             blur=0.0),), {"?": "turn horizontal vertical"}),
     # Quarter turns and vertical flips added to MoCo v2 (R).
     "dehaene": Preset("Dehaene et al. 2020: MoCo v2 with quarter turns and vertical flips",
                       tuple(replace(view, turn=1.0, vertical=0.5) for view in MOCO_V2.views),

@@ -21,7 +21,7 @@ from shards.index import ShardError
 from ssl_dist.eval import features, intervals, leakage, metrics
 from ssl_dist.eval.cache import Cache
 from ssl_dist.eval.features import Split
-from ssl_dist.eval.settings import BASELINES, Eval, Every, Judged, Protocol
+from ssl_dist.eval.settings import BASELINES, Eval, Every, Judged, PixelWise, Protocol
 from ssl_dist.models import encoder as encoders
 
 UNKNOWN = ""            # the patient of a tile whose source does not say
@@ -131,7 +131,7 @@ def repeated(once: Callable[[Any], dict[str, Any]], settings: Protocol) -> dict[
     """The result of the first seed, and beside it the figures of every: what is drawn (held out, untrained) varies,
     and the encoder does not."""
     # The first at last: pictures that are left are of it.
-    seeds = settings.seeds if isinstance(settings, Judged) else 1
+    seeds = settings.seeds if isinstance(settings, Judged | PixelWise) else 1
     results = [once(replace(settings, seed=settings.seed + number)) for number in reversed(range(seeds))][::-1]
     first = results[0]
     if seeds > 1:

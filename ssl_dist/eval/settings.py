@@ -90,6 +90,13 @@ class Protocol(ABC):
         return self.out or self.beside
 
 
+def beside(encoder: str) -> Path:
+    """Where results on an encoder go if nobody says."""
+    if encoder.startswith(ELSEWHERE):
+        return Path("eval") / re.sub(r"[^\w.-]+", "_", encoder)
+    return Path(encoder).parent / "eval"
+
+
 @dataclass(kw_only=True)
 class Eval(Protocol):
     """What looks at tiles with an encoder."""
@@ -108,9 +115,7 @@ class Eval(Protocol):
     @property
     def beside(self) -> Path:
         """eval/ beside the encoder; of one that is no folder, below eval/ here."""
-        if self.encoder.startswith(ELSEWHERE):
-            return Path("eval") / re.sub(r"[^\w.-]+", "_", self.encoder)
-        return Path(self.encoder).parent / "eval"
+        return beside(self.encoder)
 
 
 @dataclass(kw_only=True)
@@ -343,6 +348,188 @@ class Mil(Protocol):
         return self.bags.parent
 
 
+@dataclass(kw_only=True)
+class Outlined:
+    """Regions in which every object is outlined: those learnt from, and those asked about."""
+
+    regions: Path = field(metadata={"exists": True, "help": "a folder as MoNuSeg, Kumar, CoNSeP, PanNuke or DSB 2018 "
+                                    "publish it, or images/ with labels/ of the same names"})
+    form: str = field(default="", metadata={"choices": ("", "polygons", "mat", "pannuke", "pieces", "maps"),
+                                            "help": "how labels are written; empty: as its files look"})
+    names: str = field(default="", metadata={"help": "regular expression searched in a region's path, with groups "
+                                                     "patient and split"})
+    types: dict[str, list[str]] = field(default_factory=dict, metadata={
+        "help": "types that are taken together: {epithelial: [healthy epithelial, malignant epithelial]}"})
+    bank: str = field(default="", metadata={"help": "split that is learnt from; empty: all that is not asked about"})
+    query: str = field(default="", metadata={"help": "split that is asked about; empty: part of the patients"})
+    part: float = field(default=0.2, metadata={"range": (0.01, 0.9), "help": "of the regions, by whole patients, where "
+                                                                             "no split is asked about"})
+
+
+@dataclass(kw_only=True)
+class PixelWise(Protocol):
+    """A decoder learns, with the encoder beneath it, what every pixel is."""
+
+    encoder: str = field(metadata={"help": "an encoder folder, or timm:NAME or hf-hub:OWNER/NAME"})
+    data: Outlined
+    baselines: list[str] = field(default_factory=lambda: ["random"], metadata={
+        "help": "random: the same network untrained; or another encoder, as encoder= takes it"})
+    seeds: int = field(default=1, metadata={"range": (1, 1000), "help": "so many times over, with seed, seed + 1, …"})
+    shares: list[float] = field(default_factory=lambda: [1.0], metadata={
+        "some": True, "range": (0.001, 1), "help": "parts of the regions learnt from; figures are of the largest"})
+    window: int = field(default=256, metadata={"range": (32, 4096), "help": "pixels a side of what the network sees"})
+    margin: int = field(default=46, metadata={"range": (0, 1024), "help": "pixels of its rim that are neither learnt "
+                                                                          "from nor kept"})
+    fine: bool = field(default=True, metadata={"help": "ResNets: the first block at full size, as HoVer-Net's"})
+    width: int = field(default=64, metadata={"range": (8, 512), "help": "channels of a decoder's finest map; times 4"})
+    epochs: list[int] = field(default_factory=lambda: [50, 50], metadata={
+        "range": (0, 10**5), "help": "passes with the encoder frozen, and then free"})
+    batches: list[int] = field(default_factory=lambda: [32, 16], metadata={
+        "range": (2, 10**5), "help": "windows a step, likewise"})
+    windows: int = field(default=0, metadata={"range": (0, 10**5), "help": "windows a pass and region; 0: as many as "
+                                                                           "cover it"})
+    lr: float = field(default=1e-4, metadata={"range": (1e-9, 100), "help": "of Adam"})
+    drop: int = field(default=25, metadata={"range": (1, 10**5), "help": "passes after which lr becomes a tenth"})
+    zoom: float = field(default=1.25, metadata={"range": (1, 4), "help": "times larger or smaller, at most"})
+    stain: float = field(default=0.05, metadata={"range": (0, 1), "help": "by which stains are scaled and shifted"})
+    jitter: float = field(default=0.8, metadata={"range": (0, 1), "help": "chance of colour jitter"})
+    blur: float = field(default=0.2, metadata={"range": (0, 1), "help": "chance of blur"})
+    precision: str = field(default="fp32", metadata={"choices": ("fp32", "bf16")})
+    mpp: float = field(default=0.25, metadata={"range": (0.05, 100), "help": "microns per pixel of the regions, for "
+                                                                             "whoever outlines slides by this network"})
+    pictures: int = field(default=4, metadata={"range": (0, 1000), "help": "regions asked about that are drawn"})
+
+    def rules(self) -> list[str]:
+        """What cannot be said of one value alone."""
+        broken = super().rules() + absent(self.encoder)
+        if self.window <= 2 * self.margin:
+            broken.append(f"margin={self.margin} leaves nothing of window={self.window}")
+        if self.width % 4:
+            broken.append(f"width={self.width} is no multiple of 4")
+        broken += [f"{name} has {len(values)} values, not two: with the encoder frozen, and then free"
+                   for name, values in (("epochs", self.epochs), ("batches", self.batches)) if len(values) != 2]
+        if not sum(self.epochs):
+            broken.append("epochs are none: nothing would be learnt")
+        for source in self.baselines:
+            if source != "random" and not source.startswith(ELSEWHERE) and not Path(source).exists():
+                broken.append(f"baselines has {source!r}, which is neither random, nor an encoder's folder (looked in "
+                              f"{Path.cwd()}), nor timm:NAME or hf-hub:OWNER/NAME")
+        return broken
+
+    @property
+    def beside(self) -> Path:
+        """eval/ beside the encoder; of one that is no folder, below eval/ here."""
+        return beside(self.encoder)
+
+
+@dataclass(kw_only=True)
+class Nuclei(PixelWise):
+    """Nuclei as HoVer-Net finds them, each apart and of a type."""
+
+    protocol: str = "nuclei"
+    kernel: int = field(default=5, metadata={"choices": (3, 5), "help": "of the decoders' convolutions"})
+    edge: float = field(default=0.3, metadata={"range": (0.01, 1), "help": "slope that is a border between nuclei, of "
+                                                                           "the steepest there can be"})
+    smallest: int = field(default=10, metadata={"range": (1, 10**6), "help": "pixels of a nucleus"})
+    write: list[str] = field(default_factory=lambda: ["png", "geojson"], metadata={
+        "choices": ("png", "tif", "npy", "geojson"), "help": "of regions asked about: maps of numbers, and outlines"})
+
+
+@dataclass(kw_only=True)
+class Semantic(PixelWise):
+    """What every pixel is, by a U-Net."""
+
+    protocol: str = "semantic"
+    width: int = field(default=32, metadata={"range": (8, 512), "help": "channels of the decoder's finest map"})
+    fine: bool = field(default=False, metadata={"help": "ResNets: the first block at full size"})
+
+
+@dataclass(kw_only=True)
+class Outline(Protocol):
+    """Nuclei of whole slides, by a network that eval/nuclei has written."""
+
+    protocol: str = "outline"
+    network: Path = field(metadata={"exists": True, "help": "a folder that eval/nuclei has written: OUT/nuclei-network"
+                                    })
+    slides: list[str] = field(metadata={"some": True, "one": True, "help": "folders, files, or patterns such as "
+                                                                           "'/data/*.svs', one or several"})
+    mpp: float | None = field(default=None, metadata={"range": (0.05, 100), "help": "null: as the network learnt"})
+    slide_mpp: float | None = field(default=None, metadata={"range": (0.05, 5), "help": "of slides that do not say"})
+    write: list[str] = field(default_factory=lambda: ["geojson"], metadata={
+        "choices": ("png", "tif", "npy", "geojson"), "some": True, "help": "outlines, and of what fits into memory "
+                                                                           "maps of numbers"})
+    batch: int = field(default=16, metadata={"range": (1, 10**5), "help": "windows looked at together"})
+    precision: str = field(default="fp32", metadata={"choices": ("fp32", "bf16")})
+
+    @property
+    def beside(self) -> Path:
+        """outlines/ beside the network."""
+        return self.network.parent / "outlines"
+
+
+@dataclass(kw_only=True)
+class Segment(Protocol):
+    """Maps of confidence, against outlines."""
+
+    protocol: str = "segment"
+    encoder: str = field(metadata={"help": "a folder RUN/encoder of a network of maps; of its run every checkpoint is "
+                                           "looked at"})
+    regions: Path = field(metadata={"exists": True, "help": "a folder of outlined regions, as MoNuSeg, Kumar, CoNSeP, "
+                                    "PanNuke or DSB 2018 publish it, or images/ with labels/ of the same names"})
+    form: str = field(default="", metadata={"choices": ("", "polygons", "mat", "pannuke", "pieces", "maps"),
+                                            "help": "how outlines are written; empty: as its files look"})
+    names: str = field(default="", metadata={"help": "regular expression searched in a region's path, with a group "
+                                                     "patient"})
+    every: int = field(default=5, metadata={"range": (2, 10**6), "help": "which patients are asked about: every so "
+                                            "manieth by name; the outlines of others choose thresholds, and what "
+                                            "stands beside the choice without labels"})
+    glance: int = field(default=500, metadata={"range": (64, 10**6), "help": "pixels of the middle of a region, by "
+                                               "which is chosen; those asked about are looked at whole"})
+    choose: str = field(default="separation", metadata={
+        "choices": ("separation", "haematoxylin"), "help": "which of several classes, without labels: the one that is "
+        "furthest from all else, or that goes best with haematoxylin"})
+    patch: int = field(default=50, metadata={"range": (2, 2048), "help": "pixels of patches by which separation is "
+                                             "found, where an encoder lies in no run that says so"})
+    stride: int = field(default=20, metadata={"range": (1, 2048), "help": "likewise, from a patch to the next"})
+
+    def rules(self) -> list[str]:
+        """What cannot be said of one value alone."""
+        return super().rules() + absent(self.encoder)
+
+    @property
+    def beside(self) -> Path:
+        """eval/ beside the encoder."""
+        return Path(self.encoder).parent / "eval"
+
+
+@dataclass(kw_only=True)
+class Confidence(Protocol):
+    """Maps of slides and pictures of any size."""
+
+    protocol: str = "confidence"
+    encoder: str = field(metadata={"help": "a folder RUN/encoder of a network of maps"})
+    slides: list[str] = field(metadata={"some": True, "one": True, "help": "slides or pictures: folders, files, or "
+                                        "patterns such as '/data/*.svs', one or several"})
+    number: int | None = field(default=None, metadata={"range": (0, 10**6), "help": "of the class that is drawn; null: "
+                                                       "the one that eval/segment has chosen for this network"})
+    mpp: float | None = field(default=None, metadata={"range": (0.05, 100), "help": "microns per pixel of maps of "
+                                                      "slides; null: as in training"})
+    slide_mpp: float | None = field(default=None, metadata={"range": (0.05, 5), "help": "of slides that do not say"})
+    write: list[str] = field(default_factory=lambda: ["png", "geojson", "tif"], metadata={
+        "choices": ("png", "geojson", "tif"), "some": True, "help": "a small picture; outlines for QuPath; a pyramid"})
+    smallest: int = field(default=20, metadata={"range": (1, 10**6), "help": "pixels of what is outlined"})
+
+    def rules(self) -> list[str]:
+        """What cannot be said of one value alone."""
+        return super().rules() + absent(self.encoder)
+
+    @property
+    def beside(self) -> Path:
+        """maps/ beside the encoder."""
+        return Path(self.encoder).parent / "maps"
+
+
 PROTOCOLS: dict[str, type[Protocol]] = {
     "knn": Knn, "linear": Linear, "sgd": Sgd, "low": Low, "finetune": Finetune, "embed": Embed, "look": Look,
-    "slide_embed": SlideEmbed, "slide_linear": SlideLinear, "mil": Mil}
+    "slide_embed": SlideEmbed, "slide_linear": SlideLinear, "mil": Mil, "nuclei": Nuclei, "semantic": Semantic,
+    "outline": Outline, "segment": Segment, "confidence": Confidence}

@@ -13,6 +13,8 @@ def lines(result: dict[str, Any]) -> Iterator[str]:
         yield "{tiles} tiles of {slides} slides: ".format(**counts) + ", ".join(result["pictures"])
         yield "neighbours of the same " + ", ".join(
             f"{by} {each['neighbours']:.0%} (by chance {each['chance']:.0%})" for by, each in result["same"].items())
+    elif result["protocol"] == "outline":
+        yield "{nuclei:,} nuclei of {slides} slides".format(**counts)
     else:
         yield from _figures(result)
     for words in result["warnings"]:
@@ -34,6 +36,11 @@ def lines(result: dict[str, Any]) -> Iterator[str]:
         for name, rows in result["curves"].items():
             yield f"{name}, AUROC learnt from few slides: " + ", ".join(
                 "{} {mean:.3f} ± {deviation:.3f}".format(row.get("slides", "all"), **row["auroc"]) for row in rows)
+    for name, rows in result.get("labels", {}).items():
+        if len(rows) > 1:
+            yield f"{name}, by the part of the labels: " + ", ".join(
+                f"{row['share']:.0%} " + " ".join(f"{key} {row[key]:.3f}" for key in ("pq", "aji", "dice")
+                                                  if key in row) for row in rows)
     yield f"written to {result['written']}"
 
 

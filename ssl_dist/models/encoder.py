@@ -1,6 +1,6 @@
-"""A timm network from uint8 tiles to one vector each. The only timm.
+"""A timm network from uint8 tiles to one vector each, or one of ours to a map of each. The only timm.
 
-B tiles   H, W pixels   D width of the vector
+B tiles   H, W pixels   D width of the vector   C classes of a map
 """
 
 import difflib
@@ -12,12 +12,21 @@ from typing import Any, cast
 
 import timm
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from timm.models import save_for_hf
 from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
 
 from ssl_dist.models import ELSEWHERE
+from ssl_dist.models.fcnn import Confidence
+
+# By architecture, networks that timm does not know: they say something of every pixel.
+MAPS = {"fcnn": Confidence}
+
+# Of a ViT's patch, how many pixels lie between two columns of each map that decoders see: 4 to 32 of patches of 16.
+SCALES = (0.25, 0.5, 1, 2)
 
 
 class EncoderError(ValueError):
@@ -27,7 +36,8 @@ class EncoderError(ValueError):
 
 
 class Encoder(nn.Module):
-    """A timm backbone that takes pixels as they come from the data path and normalises them itself."""
+    """A backbone that takes pixels as they come from the data path and normalises them itself: timm's, or one of
+    MAPS."""
 
     _mean_C: Tensor
     _std_C: Tensor
@@ -37,25 +47,28 @@ class Encoder(nn.Module):
         args = {key: value for key, value in args.items() if value is not None}     # null takes a recipe's away
         self.name, self.args, self.mean, self.std = name, args, tuple(mean), tuple(std)
         self._stage: int | None = None
+        self._finer = 1
         try:
-            self.network = timm.create_model(name, pretrained=False, num_classes=0, **_tuples(args))
+            self.network = _network(name, args)
             # Where the head has a layer of its own (MobileNetV3, VGG), num_features is the width before that layer.
             network = cast(Any, self.network)
-            self.width = int(getattr(network, "head_hidden_size", None) or network.num_features)
+            self._width = 0 if self.maps else int(getattr(network, "head_hidden_size", None) or network.num_features)
         except (RuntimeError, TypeError, ValueError, AssertionError, AttributeError) as error:
-            close = [] if timm.is_model(name) else difflib.get_close_matches(name.lower(), timm.list_models(), n=3)
-            raise EncoderError(f"timm cannot build encoder.name={name!r} with encoder.args={args} ({error})"
+            known = self.maps or timm.is_model(name)
+            close = [] if known else difflib.get_close_matches(name.lower(), [*timm.list_models(), *MAPS], n=3)
+            raise EncoderError(f"{'ssl_dist' if self.maps else 'timm'} cannot build encoder.name={name!r} with "
+                               f"encoder.args={args} ({error})"
                                + (f"; near it: {', '.join(close)}" if close else "")) from None
         self.register_buffer("_mean_C", torch.tensor(mean).view(1, 3, 1, 1) * 255, persistent=False)
         self.register_buffer("_std_C", torch.tensor(std).view(1, 3, 1, 1) * 255, persistent=False)
 
-    def forward(self, pixels_BHW3: Tensor) -> Tensor:
-        """uint8 (B, H, W, 3) -> (B, D)."""
+    def forward(self, pixels_BHW3: Tensor, *told: Tensor) -> Tensor:
+        """uint8 (B, H, W, 3) -> (B, D), or (B, C, H, W); `told`: what a network of maps may be told beside."""
         # A permuted view of HWC is channels_last already: no copy but the one that changes the type.
         pixels_B3HW = pixels_BHW3.permute(0, 3, 1, 2).to(self._mean_C.dtype)
         pixels_B3HW = (pixels_B3HW - self._mean_C) / self._std_C
         if self._stage is None:
-            return self.network(pixels_B3HW)
+            return self.network(pixels_B3HW, *told)
         (found_BDHW,) = cast(Any, self.network).forward_intermediates(
             pixels_B3HW, indices=[self._stage], stop_early=True, intermediates_only=True)
         return found_BDHW.flatten(2).mean(dim=2)
@@ -72,9 +85,85 @@ class Encoder(nn.Module):
         self._stage = stage
         return self
 
+    def levels(self) -> list[tuple[int, int]]:
+        """Channels, and how many pixels of a tile lie between two columns, of what `pyramid` gives: fine to coarse."""
+        network = cast(Any, self.network)
+        if hasattr(network, "blocks") and hasattr(network, "patch_embed"):
+            patch = int(network.patch_embed.patch_size[0])
+            return [(int(network.embed_dim), max(1, round(patch * scale))) for scale in SCALES]
+        if not hasattr(network, "forward_intermediates") or len(getattr(network, "feature_info", [])) < 2:
+            raise EncoderError(f"{self.name} shows no maps on its way (timm's forward_intermediates): pixels are "
+                               "judged by ResNets, ViTs and others that do")
+        found = [(int(each["num_chs"]), int(each["reduction"]) // self._finer) for each in network.feature_info]
+        return [each for each in found if each[1]]
+
+    def pyramid(self, pixels_BHW3: Tensor) -> list[Tensor]:
+        """The maps (B, channels, h, w) that a network makes on its way, as many as `levels` says.
+
+        A plain ViT has one size of map: four of its blocks, as far apart as can be, are blown up or shrunk.
+        """
+        levels, network = self.levels(), cast(Any, self.network)
+        pixels_B3HW = pixels_BHW3.permute(0, 3, 1, 2).to(self._mean_C.dtype)
+        pixels_B3HW = (pixels_B3HW - self._mean_C) / self._std_C
+        if not hasattr(network, "patch_embed"):
+            return network.forward_intermediates(pixels_B3HW, intermediates_only=True)[-len(levels):]
+        depth = len(network.blocks)
+        taken = [depth * (part + 1) // len(SCALES) - 1 for part in range(len(SCALES))]
+        maps = network.forward_intermediates(pixels_B3HW, indices=taken, intermediates_only=True)
+        return [F.interpolate(each, size=tuple(max(1, round(side / scale)) for side in each.shape[-2:]),
+                              mode="bilinear", antialias=scale > 1) if scale != 1 else each
+                for each, scale in zip(maps, SCALES, strict=True)]
+
+    def look_closely(self) -> None:
+        """From now on a ResNet does not shrink its tile by four before its first block: no weight changes by that."""
+        network = cast(Any, self.network)
+        stem = getattr(network, "conv1", None)
+        stem = stem[0] if isinstance(stem, nn.Sequential) else stem
+        if not isinstance(stem, nn.Conv2d) or not isinstance(getattr(network, "maxpool", None), nn.MaxPool2d):
+            raise EncoderError(f"{self.name} has no first convolution and pooling as a ResNet has; use fine=false")
+        stem.stride, network.maxpool, self._finer = (1, 1), nn.Identity(), 4
+
+    def fit_to(self, size: int) -> None:
+        """From now on a ViT takes tiles of `size` pixels, its learned positions resampled; others take any."""
+        network = cast(Any, self.network)
+        if hasattr(network, "set_input_size"):
+            patch = int(network.patch_embed.patch_size[0])
+            if size % patch:
+                raise EncoderError(f"{self.name} takes no window of {size} pixels, which is no whole number of patches "
+                                   f"of {patch}")
+            network.set_input_size(img_size=(size, size))
+
+    @property
+    def maps(self) -> bool:
+        """Whether it makes a map of a tile, and no vector."""
+        return self.name in MAPS
+
+    @property
+    def width(self) -> int:
+        """How many numbers it makes of a tile."""
+        self._makes_vectors()
+        return self._width
+
+    def _makes_vectors(self) -> None:
+        if self.maps:
+            raise EncoderError(f"{self.name} makes a map of a tile and no vector; it goes with method.name=patchseg, "
+                               "eval/segment and eval/confidence")
+
+    def classes(self) -> int:
+        """How many maps it makes of a tile."""
+        if not self.maps:
+            raise EncoderError(f"{self.name} makes a vector of a tile, and here a map is needed: encoder.name="
+                               f"{' or '.join(MAPS)}")
+        return cast(Confidence, self.network).classes
+
+    def reach(self) -> int:
+        """How many pixels to each side decide a pixel of a map."""
+        return cast(Confidence, self.network).reach if self.classes() else 0
+
     @property
     def identity(self) -> dict[str, Any]:
         """What decides the vectors beside the weights."""
+        self._makes_vectors()
         return {"architecture": self.name, "args": self.args, "mean": list(self.mean), "std": list(self.std),
                 **({} if self._stage is None else {"stage": self._stage})}
 
@@ -130,10 +219,19 @@ class Encoder(nn.Module):
                                "encoder.checkpointing=false") from None
 
     def save(self, folder: Path, size: int | None, about: dict[str, Any]) -> None:
-        """Writes config.json and model.safetensors as timm loads them; `about` goes into it under `ssl_dist`.
+        """Writes config.json and model.safetensors as timm loads them; `about` goes into it under `ssl_dist`. Of what
+        timm does not know, the same files.
 
         `size` is the width in pixels that the network was trained on.
         """
+        if self.maps:
+            card = {"mean": self.mean, "std": self.std, **({"input_size": (3, size, size)} if size else {})}
+            (folder / "config.json").write_text(json.dumps({
+                "architecture": self.name, "model_args": self.args, "num_classes": self.classes(),
+                "pretrained_cfg": card, "ssl_dist": about}, indent=2) + "\n")
+            save_file({name: each.contiguous() for name, each in self.network.state_dict().items()},
+                      folder / "model.safetensors")
+            return
         # A plain twin: timm must find its own BatchNorm, and the weights' names are the same.
         plain: Any = timm.create_model(self.name, pretrained=False, num_classes=0, **_tuples(self.args))
         plain.load_state_dict(self.network.state_dict())
@@ -163,8 +261,9 @@ def load(source: str | Path) -> Encoder:
     config = _config(folder)
     encoder = build(folder)
     try:
-        loaded = timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=0)
-        encoder.network.load_state_dict(loaded.state_dict())
+        encoder.network.load_state_dict(
+            load_file(folder / "model.safetensors") if encoder.maps else
+            timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=0).state_dict())
     except (RuntimeError, OSError, TypeError, SafetensorError) as error:
         raise EncoderError(f"{folder} does not hold the weights of {config['architecture']} ({error}); export it again "
                            "with: ssl-dist export RUN") from None
@@ -245,6 +344,11 @@ def _config(folder: Path) -> dict[str, Any]:
     if not isinstance(config, dict) or "architecture" not in config:
         raise EncoderError(f"{folder}/config.json names no architecture of timm: it is not an exported encoder")
     return config
+
+
+def _network(name: str, args: dict[str, Any]) -> nn.Module:
+    return MAPS[name](**_tuples(args)) if name in MAPS else \
+        timm.create_model(name, pretrained=False, num_classes=0, **_tuples(args))
 
 
 def _tuples(args: dict[str, Any]) -> dict[str, Any]:

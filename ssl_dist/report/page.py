@@ -31,7 +31,9 @@ TITLES = {
     "data_wait": "time spent waiting for data",
     "grad_norm": "gradient norm",
 }
-METRICS = {"auroc": "AUROC", "macro_f1": "macro F1", "weighted_f1": "weighted F1", "r2": "R²"}
+METRICS = {"auroc": "AUROC", "macro_f1": "macro F1", "weighted_f1": "weighted F1", "r2": "R²",
+           "pq": "PQ", "dq": "DQ", "sq": "SQ", "aji": "AJI", "dice": "Dice", "mpq": "mPQ", "iou": "IoU",
+           "pooled_pq": "PQ of all nuclei", "pooled_mpq": "mPQ of all nuclei", "f1_detection": "F1 of detection"}
 PROTOCOLS = {
     "knn": "k nearest neighbours",
     "linear": "linear probe",
@@ -43,6 +45,9 @@ PROTOCOLS = {
     "slide_embed": "one vector a slide, not judged",
     "look": "to be looked at, not judged",
     "mil": "multiple-instance learning: slides, by the vectors of their tiles",
+    "nuclei": "nuclei, each apart, by a HoVer-Net over the encoder",
+    "semantic": "what every pixel is, by a U-Net over the encoder",
+    "outline": "nuclei of slides, not judged",
 }
 CAPTIONS = {
     "knn_neighbours.png": "Left, tiles that were asked about, with their class; right of each, the tiles of other "

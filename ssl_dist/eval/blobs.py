@@ -1,0 +1,88 @@
+"""What a map of confidence holds to be there, in pixels; how well that agrees with outlines; and what thresholds alone
+would find.
+
+H, W pixels   R regions
+"""
+
+import numpy as np
+
+from ssl_dist.data import opencv
+
+SURE = 0.5
+DISKS = 3, 1            # radii of the authors' opening and closing, in this order
+BINS = 256
+# Ruifrok and Johnston's haematoxylin, eosin and what is left: how much each takes of red, green and blue light. The
+# inverse of the matrix tells stains from densities.
+STAINS = np.array([[0.65, 0.70, 0.29], [0.07, 0.99, 0.11], [0.27, 0.57, 0.78]])
+LUMA = np.array([0.299, 0.587, 0.114])
+
+
+def cleaned(found_HW: np.ndarray) -> np.ndarray:
+    """Without specks and holes, as the authors do."""
+    return opencv.smoothed(found_HW, DISKS)
+
+
+def cleaning_reach() -> int:
+    """How far away what is there may decide whether a pixel stays."""
+    return 4 * sum(DISKS)       # an opening and a closing are two steps each
+
+
+def dice(found_HW: np.ndarray, true_HW: np.ndarray) -> float:
+    """Twice what is in both, of what is in either; two that are empty agree."""
+    both, total = int((found_HW & true_HW).sum()), int(found_HW.sum()) + int(true_HW.sum())
+    return 2 * both / total if total else 1.0
+
+
+def haematoxylin(picture_HW3: np.ndarray) -> np.ndarray:
+    """How much of it lies on each pixel, in natural optical density."""
+    density_HW3 = -np.log(np.maximum(picture_HW3, 1) / 255.0)
+    return density_HW3 @ np.linalg.inv(STAINS)[:, 0]
+
+
+def grey(picture_HW3: np.ndarray) -> np.ndarray:
+    """Levels of grey, 0 to 255."""
+    return picture_HW3 @ LUMA
+
+
+def otsu(values_HW: np.ndarray) -> float:
+    """The threshold that parts values best in two (Otsu 1979): their means lie furthest apart."""
+    counts, edges = np.histogram(values_HW, BINS)
+    centres = (edges[:-1] + edges[1:]) / 2
+    below = np.cumsum(counts) / counts.sum()
+    sums = np.cumsum(counts * centres) / counts.sum()
+    apart = (sums[-1] * below - sums) ** 2 / np.maximum(below * (1 - below), 1e-12)
+    return float(edges[1:][apart.argmax()])
+
+
+class Threshold:
+    """A baseline: whatever is darker than a level of grey, or by Otsu's threshold more stained with haematoxylin. Which
+    level, and whether what it finds is cleaned, outlines decide that are learnt from."""
+
+    def __init__(self, kind: str, bank: list[tuple[np.ndarray, np.ndarray]]):
+        """`kind`: otsu or grey; `bank`: pictures (H, W, 3) and what is true of them (H, W)."""
+        self.kind, self.level, self.cleans = kind, 0.0, False
+        if kind == "grey":
+            levels = np.arange(20.0, 250.0, 2.0)
+            self.level = float(levels[_dice_below([(grey(picture), true) for picture, true in bank], levels).argmax()])
+        raw, clean = ([dice(self(picture, cleans=cleans), true) for picture, true in bank] for cleans in (False, True))
+        self.cleans = float(np.mean(clean)) > float(np.mean(raw))
+
+    def __call__(self, picture_HW3: np.ndarray, *, cleans: bool | None = None) -> np.ndarray:
+        """What it finds (H, W)."""
+        if self.kind == "grey":
+            found_HW = grey(picture_HW3) < self.level
+        else:
+            stain_HW = haematoxylin(picture_HW3)
+            found_HW = stain_HW > otsu(stain_HW)
+        return cleaned(found_HW) if (self.cleans if cleans is None else cleans) else found_HW
+
+
+def _dice_below(bank: list[tuple[np.ndarray, np.ndarray]], levels: np.ndarray) -> np.ndarray:
+    """The mean Dice of each level, of all at once: how much of a picture, and of what is true, lies below it."""
+    found = []
+    edges = np.concatenate([[-np.inf], levels, [np.inf]])
+    for values_HW, true_HW in bank:
+        all_L = np.histogram(values_HW, edges)[0].cumsum()[:-1]
+        true_L = np.histogram(values_HW[true_HW], edges)[0].cumsum()[:-1]
+        found.append(2 * true_L / np.maximum(all_L + true_HW.sum(), 1))
+    return np.mean(found, axis=0)

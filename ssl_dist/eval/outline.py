@@ -1,0 +1,146 @@
+"""Nuclei of whole slides and large pictures, by a network that eval/nuclei has written.
+
+A slide is read once, a row of windows after the other; what is in memory together decides nothing (tiling.py,
+watershed.py), so that no nucleus is split at a seam or found twice.
+"""
+
+import csv
+import io
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from shards import folder, sources, tiles
+from shards.index import ShardError
+from shards.settings import Settings
+from shards.slide import Picture, Slide, SlideError
+from shards.sources import Source
+from ssl_dist.eval import dense, networks, nuclei, protocol, qupath, tiling
+from ssl_dist.eval.networks import Network
+from ssl_dist.eval.protocol import Progress
+from ssl_dist.eval.settings import Outline
+from ssl_dist.eval.watershed import Parting, Rules
+
+MAP = 2**31             # pixels of the largest map of numbers that is written
+
+
+def rehearse(settings: Outline) -> dict[str, Any]:
+    """Everything that can fail before a slide is read; what would be done."""
+    network = networks.load(settings.network)
+    found = _sources(settings)
+    for source in found:
+        with _opened(source, settings):
+            pass
+    return {"protocol": settings.protocol, "network": network.network.encoder.name, "slides": len(found),
+            "types": ", ".join(network.classes) or "none", "out": str(settings.home), "warnings": []}
+
+
+def run(settings: Outline, device: torch.device, threads: int, progress: Progress) -> dict[str, Any]:      # noqa: ARG001
+    """The protocol: files a slide, and a result that counts what was found."""
+    network = networks.load(settings.network)
+    network.network.to(device)
+    out, rows = folder.make(settings.home), []
+    for source in _sources(settings):
+        rows.append(_slide(source, settings, network, device, out, partial(progress, source.slide)))
+    result = {
+        "protocol": settings.protocol, "size": network.window, "network": str(settings.network), "shards": [],
+        "encoder": {"path": str(settings.network), "architecture": network.network.encoder.name, "sha256": ""},
+        "metrics": {}, "intervals": {}, "baselines": {}, "against": {}, "seen_in_pretraining": {}, "classes":
+        network.classes, "confusion": [], "pictures": [], "slides": rows, "warnings": [
+            f"{row['slide']}: {row['cut']} clumps of nuclei were too tall to wait for, and are parted where rows ended"
+            for row in rows if row["cut"]],
+        "counts": {"slides": len(rows), "nuclei": sum(row["nuclei"] for row in rows), "shared_patients": 0},
+        "asked": {"slides": settings.slides, "network": str(settings.network)}, "seed": settings.seed}
+    path = protocol.place(out, settings.protocol, result)
+    return dense.written(result, path)
+
+
+def _sources(settings: Outline) -> list[Source]:
+    """Slides, and pictures where a folder or pattern names none but those."""
+    suffixes = (*sources.SUFFIXES["slides"], *sources.SUFFIXES["regions"])
+    reading = Settings(source=Path(), out=Path(), dataset="slides", kind="slides")
+    found: list[Source] = []
+    for place in settings.slides:
+        path = Path(place)
+        if path.is_file() and path.suffix.lower() in suffixes:
+            found.append(Source(file=str(path), name=path.stem, slide=path.stem))
+        else:
+            found += sources.named([place], reading)
+    return found
+
+
+def _opened(source: Source, settings: Outline) -> Slide | Picture:
+    """A slide; or a picture, which is taken to have the resolution that is asked for."""
+    try:
+        return Slide(source.path, source.mpp, settings.slide_mpp)
+    except SlideError:
+        if not source.file.lower().endswith(sources.SUFFIXES["regions"]):
+            raise
+        reading = Settings(source=Path(), out=Path(), dataset="slides", kind="regions")
+        return tiles.picture(source, reading)
+
+
+def _slide(source: Source, settings: Outline, network: Network, device: torch.device, out: Path,
+           progress: Callable[[int, int], None]) -> dict[str, Any]:
+    asked = settings.mpp or network.mpp
+    with _opened(source, settings) as slide:
+        scale = 1.0 if isinstance(slide, Picture) else asked / slide.mpp
+        if isinstance(slide, Slide) and scale < 1 / 1.05:
+            raise SlideError(f"{slide.path} has {slide.mpp:g} µm/px, and the network was taught at {asked:g}: what is "
+                             f"not in the slide cannot be read; mpp={slide.mpp:g} takes it as it is")
+        height, width = max(1, round(slide.height / scale)), max(1, round(slide.width / scale))
+
+        def read(left: int, top: int, wide: int, high: int) -> np.ndarray:
+            return slide.region(round(left * scale), round(top * scale), (wide, high), asked)
+
+        reads = tiling.of_picture(slide.region(0, 0, (width, height), asked)) if isinstance(slide, Picture) else read
+        answers = partial(nuclei.answers, network.network)
+        maps = tiling.strips(partial(dense.said, answers, device, settings.precision),
+                             nuclei.MAPS + network.network.kinds, reads, (height, width), network.window,
+                             network.margin, settings.batch, progress)
+        return _found(source.slide, nuclei.as_strips(maps), (height, width), scale, settings, network, out)
+
+
+def _found(name: str, strips: Any, size: tuple[int, int], scale: float, settings: Outline, network: Network, out: Path
+           ) -> dict[str, Any]:
+    parting = Parting(Rules(network.edge, network.smallest))
+    maps = [form for form in settings.write if form != "geojson"]
+    if maps and size[0] * size[1] > MAP:
+        raise ShardError(f"a map of {name} would have {size[0] * size[1]:,} pixels; use write=[geojson]")
+    numbers_HW = np.zeros(size if maps else (0, 0), np.int32)
+    texts: list[str] = []
+    first: list[np.ndarray] = [np.zeros((0, 2), np.int64)]
+    rows: list[tuple[Any, ...]] = []
+    for portion in parting.of(strips):
+        kinds_N, sure_N = nuclei.kinds(portion.types_NC, portion.count)
+        texts += qupath.features(portion.numbers_HW, portion.top, 0, scale, kinds_N.tolist(), portion.nuclear_N, sure_N,
+                                 network.classes) if "geojson" in settings.write else []
+        for place in range(portion.count):
+            rows.append((*np.round(portion.middle_N2[place] * scale, 1), int(portion.size_N[place]),
+                         network.classes[kinds_N[place] - 1] if kinds_N[place] else qupath.NUCLEUS,
+                         round(float(portion.nuclear_N[place]), 4),
+                         "" if sure_N is None else round(float(sure_N[place]), 4)))
+        if maps:
+            window_HW = numbers_HW[portion.top:portion.top + len(portion.numbers_HW)]
+            np.copyto(window_HW, portion.numbers_HW + len(rows) - portion.count, where=portion.numbers_HW > 0)
+        first.append(portion.first_N2)
+    first_N2 = np.concatenate(first)
+    order = np.lexsort((first_N2[:, 1], first_N2[:, 0]))
+    if maps:
+        rank_N = np.zeros(len(order) + 1, np.int32)
+        rank_N[order + 1] = np.arange(1, len(order) + 1)
+        for form in maps:
+            qupath.write_map(out / f"{name}.{form}", rank_N[numbers_HW])
+    if texts:
+        qupath.write_geojson(out / f"{name}.geojson", [texts[place] for place in order])
+    table = io.StringIO()
+    writer = csv.writer(table, lineterminator="\n")
+    writer.writerow(["number", "x", "y", "pixels", "type", "nucleus_probability", "type_probability"])
+    writer.writerows((number, *rows[place]) for number, place in enumerate(order, start=1))
+    folder.write(out / f"{name}.csv", table.getvalue())
+    counts = {kind: sum(row[3] == kind for row in rows) for kind in network.classes}
+    return {"slide": name, "nuclei": len(rows), "types": counts, "cut": parting.cut, "pixels": list(size)}

@@ -1,0 +1,253 @@
+"""Maps of confidence against outlines: no label decides anything, and beside it what labels would have chosen.
+
+A map is cut at 0.5 and cleaned, as the authors do; Dice is the mean over regions. Of a run every checkpoint that is
+kept is looked at: training has done its work when separation has grown and is flat, which needs no outlines; the
+authors' code takes the step and the class that are best on outlined regions. Those are the `bank` here, and the
+`query`, whole patients, decides nothing.
+
+C classes   H, W pixels   K patches of a region   R regions asked about
+"""
+
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from shards import folder, regions
+from shards.index import ShardError
+from shards.regions import Region
+from ssl_dist import checkpoint, config
+from ssl_dist.eval import blobs, intervals, leakage, pieces, protocol
+from ssl_dist.eval.metrics import Measure
+from ssl_dist.eval.protocol import Progress
+from ssl_dist.eval.settings import Segment
+from ssl_dist.models import encoder as encoders
+from ssl_dist.models.encoder import Encoder
+from ssl_dist.models.fcnn import lifted
+from ssl_dist.models.patches import Grid, entropy, histograms, separation
+
+FLAT = 0.95             # of the largest separation: from there on it is held to be flat
+DRAWN = 32              # patches of a region and class, by which separation is found
+WEIGHTS = "encoder.network."    # how a checkpoint's names of the network begin
+
+
+@dataclass
+class Look:
+    """What one class of one checkpoint's maps is like."""
+
+    step: int
+    number: int                 # of the class
+    separation: float           # of the bank's patches; no label is used
+    stain: float                # how its map goes with haematoxylin, over the bank; no label is used
+    bank: float                 # Dice
+    query_R: np.ndarray         # Dice, cleaned
+    raw: float                  # Dice of the query, not cleaned
+
+    def row(self) -> dict[str, Any]:
+        """For a result."""
+        return {"step": self.step, "class": self.number, "separation": round(self.separation, 4),
+                "haematoxylin": round(self.stain, 4), "dice_bank": round(self.bank, 4),
+                "dice": round(float(self.query_R.mean()), 4), "dice_before_cleaning": round(self.raw, 4)}
+
+
+@dataclass
+class Halves:
+    """Outlined regions: by which labels may choose, and that are asked about."""
+
+    bank: list[Region]
+    query: list[Region]
+
+
+def halves(settings: Segment) -> Halves:
+    """Whole patients, every so manieth in the order of their names; a region without one is a patient of its own."""
+    found = regions.found(settings.regions, settings.form, settings.names).regions
+    patients = sorted({each.patient or each.name for each in found})
+    asked = {*patients[settings.every - 1::settings.every]}
+    known = Halves([each for each in found if (each.patient or each.name) not in asked],
+                   [each for each in found if (each.patient or each.name) in asked])
+    if not known.bank or not known.query:
+        raise ShardError(f"{len(patients)} patients in {settings.regions} cannot be parted by every={settings.every}; "
+                         "use a smaller number, of two or more patients")
+    return known
+
+
+def rehearse(settings: Segment) -> dict[str, Any]:
+    """All that can fail before a picture is looked at."""
+    known, steps = halves(settings), [step for step, _ in _checkpoints(settings)]
+    classes = encoders.build(settings.encoder).classes()
+    return {"protocol": settings.protocol, "encoder": f"{classes} classes", "checkpoints": ", ".join(map(str, steps)),
+            "regions that labels choose by": len(known.bank), "regions asked about": len(known.query),
+            "out": str(settings.home)}
+
+
+def run(settings: Segment, device: torch.device, threads: int, progress: Progress) -> dict[str, Any]:
+    """Looks at every checkpoint, chooses twice, and holds both against thresholds."""
+    torch.set_num_threads(threads)
+    known, out = halves(settings), folder.make(settings.home)
+    grid, ink = _seen_as(settings)
+    bank, query = [_read(each, settings.glance) for each in known.bank], [_read(each) for each in known.query]
+    looks: list[Look] = []
+    for step, weights in _checkpoints(settings):
+        encoder = _loaded(settings, weights).to(device)
+        looks += looked_at(encoder, step, bank, query, grid, ink, functools.partial(progress, f"step {step}"))
+    torch.manual_seed(settings.seed)
+    untrained = looked_at(encoders.build(settings.encoder).eval().to(device), 0, bank, query, grid, ink,
+                          functools.partial(progress, "untrained"))
+    own, best = without_labels(looks, settings.choose), max(looks, key=lambda look: look.bank)
+    found = {"by_labels": best.query_R, "random": without_labels(untrained, settings.choose).query_R}
+    facts: dict[str, dict[str, Any]] = {"by_labels": {"step": best.step, "class": best.number}, "random": {}}
+    for kind in ("otsu", "grey"):
+        threshold = blobs.Threshold(kind, bank)
+        found[kind] = np.array([blobs.dice(threshold(picture), true) for picture, true in query])
+        facts[kind] = {"cleaned": threshold.cleans, **({"level": threshold.level} if kind == "grey" else {})}
+    seen = leakage.seen(settings.encoder, {"slides": [Path(each.name).name for each in known.query],
+                                           "patients": [each.patient for each in known.query]})
+    measures = {name: _mean(each) for name, each in found.items()}
+    drawn = intervals.drawings(np.array([each.patient or each.name for each in known.query]), settings.seed)
+    result: dict[str, Any] = {
+        "protocol": settings.protocol, "size": 0, "step": own.step, "class": own.number, "chosen_by": settings.choose,
+        "encoder": {"path": settings.encoder, "architecture": encoders.build(settings.encoder).name,
+                    "sha256": encoders.digest(settings.encoder)},
+        "shards": [], "metrics": {**protocol.figures(_mean(own.query_R)), "dice_before_cleaning": round(own.raw, 4)},
+        "intervals": intervals.intervals(_mean(own.query_R), drawn),
+        "baselines": {name: {**protocol.figures(measure), **facts[name]} for name, measure in measures.items()},
+        "against": {name: intervals.compared(_mean(own.query_R), measure, drawn) for name, measure in measures.items()},
+        "counts": {"bank": len(bank), "queries": len(query), "shared_patients": 0},
+        "curves": {"encoder": [look.row() for look in looks], "random": [look.row() for look in untrained]},
+        "by_region": {name: [round(float(value), 4) for value in each]
+                      for name, each in {"encoder": own.query_R, **found}.items()},
+        "regions": [each.name for each in known.query], "classes": [], "warnings": _doubts(known, seen), "pictures": [],
+        "seen_in_pretraining": seen, "seen_by_baselines": {},
+        "asked": {"regions": str(settings.regions), "form": settings.form, "every": settings.every},
+        "seed": settings.seed}
+    path = protocol.place(out, settings.protocol, result)
+    result["written"] = str(path)
+    folder.write_json(path, result)
+    return result
+
+
+def _read(region: Region, glance: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """A region and what is true of it, or its middle."""
+    found = region.read()
+    own = tuple(slice(max(0, (side - glance) // 2), max(0, (side - glance) // 2) + glance) if glance else slice(None)
+                for side in found.instances_HW.shape)
+    return found.image_HW3[own], found.instances_HW[own] > 0
+
+
+def looked_at(encoder: Encoder, step: int, bank: list[tuple[np.ndarray, np.ndarray]],
+              query: list[tuple[np.ndarray, np.ndarray]], grid: Grid, ink: bool,
+              progress: Any = lambda *_: None) -> list[Look]:
+    """A look at each class of a network's maps."""
+    classes, rng = encoder.classes(), np.random.default_rng(0)
+    seen, sure, stains, dices = [], [], [], []
+    for number, (picture_HW3, true_HW) in enumerate(bank):
+        maps_CHW = pieces.whole(encoder, picture_HW3)
+        dices.append([blobs.dice(blobs.cleaned(each > blobs.SURE), true_HW) for each in maps_CHW])
+        stain_HW = blobs.haematoxylin(picture_HW3)
+        stains.append([_goes_with(each, stain_HW) for each in maps_CHW])
+        patches_CK3PP, sure_CK = _drawn(picture_HW3, maps_CHW, grid, ink, rng)
+        seen.append(patches_CK3PP)
+        sure.append(sure_CK)
+        progress(number + 1, len(bank) + len(query))
+    asked = []
+    for number, (picture_HW3, true_HW) in enumerate(query, len(bank)):
+        maps_CHW = pieces.whole(encoder, picture_HW3)
+        asked.append([(blobs.dice(blobs.cleaned(each > blobs.SURE), true_HW), blobs.dice(each > blobs.SURE, true_HW))
+                      for each in maps_CHW])
+        progress(number + 1, len(bank) + len(query))
+    query_RC2 = np.array(asked)
+    return [Look(step, number, _apart(torch.cat([each[number] for each in seen]),
+                                      torch.cat([each[number] for each in sure])),
+                 float(np.mean([each[number] for each in stains])), float(np.mean([each[number] for each in dices])),
+                 query_RC2[:, number, 0], float(query_RC2[:, number, 1].mean())) for number in range(classes)]
+
+
+def without_labels(looks: list[Look], choose: str) -> Look:
+    """The class that in the end is furthest from what is not of it, or goes best with haematoxylin, at the first step
+    at which its separation is flat."""
+    last = max(look.step for look in looks)
+    number = max((look for look in looks if look.step == last),
+                 key=lambda look: look.separation if choose == "separation" else look.stain).number
+    own = sorted((look for look in looks if look.number == number), key=lambda look: look.step)
+    largest = max(look.separation for look in own)
+    return next(look for look in own if look.separation >= FLAT * largest or look is own[-1])
+
+
+def _drawn(picture_HW3: np.ndarray, maps_CHW: np.ndarray, grid: Grid, ink: bool,
+           rng: np.random.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    """Patches (C, K, 3, P, P) of a picture as training sees them, and how sure the map is of each: drawn where it is
+    sure, always the same."""
+    maps_1CHW = torch.from_numpy(maps_CHW)[None]
+    light = lifted(pieces.light(picture_HW3))
+    sure_CG, known_CG = grid.means(maps_1CHW)[0], (1 - grid.means(entropy(maps_1CHW))[0]).clamp_min(1e-3)
+    places_CK = torch.from_numpy(np.stack([rng.choice(len(own), DRAWN, p=own / own.sum())
+                                           for own in known_CG.double().numpy()]))
+    return grid.seen(1 - light if ink else light, maps_1CHW, places_CK[None])[0], sure_CG.gather(1, places_CK)
+
+
+def _apart(patches_M3PP: torch.Tensor, sure_M: torch.Tensor) -> float:
+    """The separation of patches that the map is sure of from those that it is sure are something else."""
+    positive_M = sure_M > blobs.SURE
+    within, between = separation(histograms(patches_M3PP), positive_M, ~positive_M, positive_M.nonzero()[:, 0])
+    return float(between - within)
+
+
+def _goes_with(map_HW: np.ndarray, stain_HW: np.ndarray) -> float:
+    """Pearson's correlation; 0 of a map that is the same everywhere."""
+    spread = float(map_HW.std()) * float(stain_HW.std())
+    return float(((map_HW - map_HW.mean()) * (stain_HW - stain_HW.mean())).mean()) / spread if spread > 1e-12 else 0.0
+
+
+def _doubts(known: Halves, seen: dict[str, int] | None) -> list[str]:
+    """Why the figures may be better or worse than they should."""
+    found = []
+    if seen and any(seen.values()):
+        found.append("the network was trained, without labels, on " + " and ".join(
+            f"{count} of the {name} asked about" for name, count in seen.items() if count)
+            + "; this figure may be too good")
+    if (groups := len({each.patient or each.name for each in known.query})) < intervals.FEWEST:
+        found.append(f"{groups} patients are asked about, too few for intervals: figures may be chance")
+    return found
+
+
+def _mean(dice_R: np.ndarray) -> Measure:
+    return lambda weights_R: {"dice": float(np.average(dice_R, weights=weights_R))}
+
+
+def _run(settings: Segment) -> Path | None:
+    """The run that an encoder is of, where it lies in one."""
+    home = Path(settings.encoder).parent
+    return home if (home / "config.yaml").is_file() and (home / "checkpoints").is_dir() else None
+
+
+def _checkpoints(settings: Segment) -> Iterator[tuple[int, Path | None]]:
+    """Every step that can be looked at, and its folder; the exported network alone where there is nothing else."""
+    home = _run(settings)
+    steps = sorted(checkpoint.steps(home / "checkpoints")) if home else []
+    if not home or not steps:
+        yield int((encoders.card(settings.encoder).get("ssl_dist") or {}).get("step", 0)), None
+        return
+    for step in steps:
+        yield step, home / "checkpoints" / checkpoint.name(step)
+
+
+def _loaded(settings: Segment, weights: Path | None) -> Encoder:
+    if weights is None:
+        return encoders.load(settings.encoder).eval()
+    encoder = encoders.build(settings.encoder)
+    encoder.network.load_state_dict({name.removeprefix(WEIGHTS): each for name, each in checkpoint.weights(
+        weights).items() if name.startswith(WEIGHTS)})
+    return encoder.eval()
+
+
+def _seen_as(settings: Segment) -> tuple[Grid, bool]:
+    """Patches as the run saw them, where there is one."""
+    if (home := _run(settings)) is not None:
+        method = config.load_train(str(home / "config.yaml"), []).method
+        if {"patch", "stride", "ink"} <= method.keys():
+            return Grid(method["patch"], method["stride"]), bool(method["ink"])
+    return Grid(settings.patch, settings.stride), False
