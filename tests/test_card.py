@@ -369,7 +369,7 @@ def test_the_snippets_run_where_nothing_of_ours_is_and_give_our_features(shard: 
     with torch.no_grad():
         for parameter in method.encoder.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
-    home = export.export(train._encoder(method), told, Reader([shard]), 12, tmp_path / "encoder",
+    home = export.export(method.encoder, told, Reader([shard]), 12, tmp_path / "encoder",
                          forms=["torchscript", "onnx"])
     pixels = np.random.default_rng(0).integers(0, 256, (1, 32, 32, 3), dtype=np.uint8)
     Image.fromarray(pixels[0]).save(home / "tile.png")
