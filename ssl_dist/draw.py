@@ -127,10 +127,11 @@ def plan(settings: Draws) -> Job:
 def _slides(reader: Reader) -> list[Tiles]:
     """The slides, by name, with the cells of their tiles."""
     rows = reader.all_rows()
-    names, first_S, place_R = np.unique(np.array([name for _, name in reader.words("slide")])[
-        reader.codes("slide", rows)], return_index=True, return_inverse=True)
-    corner_R2 = np.stack([np.array(reader.column(name, rows), np.int64) for name in ("x", "y")], axis=1)
-    mpp_R = np.round(np.array(reader.column("mpp", rows), np.float64), 4)
+    known, of_code = np.unique([name for _, name in reader.words("slide")], return_inverse=True)
+    used, first_S, place_R = np.unique(of_code[reader.codes("slide", rows)], return_index=True, return_inverse=True)
+    names = known[used]
+    corner_R2 = np.stack([reader.numbers(name, rows).astype(np.int64) for name in ("x", "y")], axis=1)
+    mpp_R = np.round(reader.numbers("mpp", rows).astype(np.float64), 4)
     told = {name: reader.column(name, rows[first_S]) for name in ("patient", "split")}
     found = []
     parts = np.split(np.argsort(place_R, kind="stable"), np.cumsum(np.bincount(place_R))[:-1])
