@@ -5,7 +5,7 @@ import json
 import math
 import os
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,8 +27,10 @@ class Slide:
         return sources.key(self.name, f"d{number:04d}")
 
 
-def write_tar(path: Path, note: Path, words: dict[str, str], slides: Iterable[tuple[Slide, list[bytes]]]) -> None:
-    """One tar of all draws of some slides, whole or absent; and in `note` what the sample table is to say of it.
+def write_tar(path: Path, note: Path, words: dict[str, str], slides: Iterable[tuple[Slide, list[bytes]]],
+              more: Callable[[], dict[str, Any]] = dict) -> None:
+    """One tar of all draws of some slides, whole or absent; and in `note` what the sample table is to say of it, and
+    what there is `more` to say once it is written.
 
     `words`: dataset, organ and stain.
     """
@@ -58,7 +60,7 @@ def write_tar(path: Path, note: Path, words: dict[str, str], slides: Iterable[tu
         folder.write(path.with_suffix(".idx"), index.idx(listed))
     for row, sample in zip(rows, listed, strict=True):
         row["offset"] = sample[0][1]
-    folder.write_json(note, {"tar": asdict(index.Tar(path.name, len(rows), size, digest)), "rows": rows})
+    folder.write_json(note, {"tar": asdict(index.Tar(path.name, len(rows), size, digest)), "rows": rows, **more()})
 
 
 def noted(path: Path, note: Path) -> dict[str, Any] | None:

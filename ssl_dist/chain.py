@@ -1,10 +1,11 @@
 """A paper's whole chain as one command: lines that a user could type, one after the other, and not again once done.
 
-    OUT/chain.json      the lines that are done, and the seconds that each took
+    OUT/chain.json      what slides were painted, the lines that are done, and the seconds that each took
 
 Every line goes on where it stopped, so a chain does; whoever asks it to stop asks the line at work.
 """
 
+import hashlib
 import json
 import os
 import shlex
@@ -39,6 +40,12 @@ class Nodes:
     size: int = field(default=3072, metadata={"range": (512, 32_768), "help": "pixels of half a micron"})
     seed: int = field(default=0, metadata={"range": (0, 2**32 - 1)})
 
+    def rules(self) -> list[str]:
+        """What cannot be said of one value alone."""
+        both = 2 * len(synthetic.SCANNERS)
+        return [f"{name}={value} is no multiple of {both}: every scanner has as many slides with metastasis as without"
+                for name, value in (("train", self.train), ("test", self.test)) if value % both]
+
 
 @dataclass(kw_only=True)
 class Chain:
@@ -65,13 +72,7 @@ class Chain:
             if not isinstance(lines, list) or not lines or not all(isinstance(line, str) for line in lines):
                 broken.append(f"lines.{size} is not a list of commands")
                 continue
-            for number, line in enumerate(lines):
-                unknown = {name for _, name, *_ in string.Formatter().parse(line) if name is not None} - {*NAMES}
-                if unknown:
-                    broken.append(f"lines.{size}[{number}] has {{{unknown.pop()}}}; known are "
-                                  f"{', '.join(f'{{{name}}}' for name in NAMES)}")
-                elif (verb := (shlex.split(line) or [""])[0]) not in VERBS:
-                    broken.append(f"lines.{size}[{number}] begins with {verb!r}, not one of {', '.join(VERBS)}")
+            broken += [f"lines.{size}[{number}] {words}" for number, line in enumerate(lines) if (words := _odd(line))]
         return broken
 
     @property
@@ -86,6 +87,22 @@ class Chain:
         return [[word.format(**names) for word in shlex.split(line)] for line in self.lines[self.asked]]
 
 
+def _odd(line: str) -> str:
+    """What is wrong with a line, if anything is."""
+    try:
+        unknown = {name for _, name, *_ in string.Formatter().parse(line) if name is not None} - {*NAMES}
+        words = shlex.split(line) or [""]
+    except ValueError as error:
+        return f"cannot be read ({error}); braces that are no name are doubled: {{{{size: 64}}}}"
+    if unknown:
+        return (f"has {{{unknown.pop()}}}; known are {', '.join(f'{{{name}}}' for name in NAMES)}, and other braces "
+                "are doubled: {{size: 64}}")
+    if words[0] not in VERBS:
+        return f"begins with {words[0]!r}, not one of {', '.join(VERBS)}"
+    rest = words[words.index("--") + 1:] if "--" in words else words
+    return "" if len(rest) > 1 else "says nothing of what to do it with"
+
+
 class LineFailed(RuntimeError):
     """A line that ended with an error; its own words stand above."""
 
@@ -98,10 +115,17 @@ def run(settings: Chain) -> None:
     """Paints slides, if there are none, and does every line that is not done."""
     console, note = Console(), folder.make(settings.out) / "chain.json"
     with folder.hold(settings.out, ".chain.lock"):
-        commands, done = settings.commands(), _done(note)
-        left = next((number for number, words in enumerate(commands)
-                     if number >= len(done) or done[number]["words"] != words), len(commands))
+        commands, before = settings.commands(), _noted(note)
+        painted = vars(settings.paint) if settings.source is None else None
+        if before.get("painted", painted) != painted:
+            raise ConfigError([f"{settings.out} was begun with {before['painted'] or 'slides of your own'}, and now it "
+                               f"is to be {painted or 'slides of your own'}; choose another out"])
+        done: list[dict[str, Any]] = before.get("lines", [])
+        digests = [_digest(settings, words) for words in commands]
+        left = next((number for number, digest in enumerate(digests)
+                     if number >= len(done) or done[number]["digest"] != digest), len(commands))
         del done[left:]
+        folder.write_json(note, {"painted": painted, "lines": done})
         if settings.source is None:
             _paint(settings, console)
         for number, words in enumerate(commands):
@@ -111,20 +135,39 @@ def run(settings: Chain) -> None:
                 continue
             since = time.monotonic()
             step(console, title, words)
-            done.append({"words": words, "seconds": round(time.monotonic() - since, 1)})
-            folder.write_json(note, done)
+            done.append({"words": words, "seconds": round(time.monotonic() - since, 1), "digest": digests[number]})
+            folder.write_json(note, {"painted": painted, "lines": done})
         total = sum(each["seconds"] for each in done)
         console.print(f"{settings.out}: all {len(done)} lines are done, in {total:.0f} s", highlight=False,
                       soft_wrap=True)
 
 
-def _done(note: Path) -> list[dict[str, Any]]:
-    """The lines that earlier calls did."""
+def _noted(note: Path) -> dict[str, Any]:
+    """What earlier calls did."""
     try:
         found = json.loads(note.read_text())
-        return [each for each in found if {"words", "seconds"} <= each.keys()]
-    except (OSError, ValueError, TypeError, AttributeError):
-        return []
+        assert all({"words", "seconds", "digest"} <= each.keys() for each in found["lines"])
+        return found
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, AssertionError):
+        return {}
+
+
+def _digest(settings: Chain, words: list[str]) -> str:
+    """Of all that a line is told: its words, the recipe that it names, and the table of labels where that is asked."""
+    told = hashlib.sha256(json.dumps(words).encode())
+    if (recipe := _recipe(words)) is not None:
+        told.update(recipe.read_bytes())
+    if settings.labels and any(str(settings.labels) in word for word in words):
+        told.update(settings.labels.read_bytes())
+    return told.hexdigest()
+
+
+def _recipe(words: list[str]) -> Path | None:
+    """The file of the recipe that a line names."""
+    from ssl_dist import config
+
+    rest = words[words.index("--") + 1:] if "--" in words else words
+    return config.recipe(rest[1]) if rest[0] in ("shard", "train", "draw", "embed", "eval") else None
 
 
 def _paint(settings: Chain, console: Console) -> None:
@@ -164,13 +207,9 @@ def step(console: Console, title: str, words: list[str]) -> None:
 
 def check(settings: Chain) -> list[str]:
     """The lines; refuses one whose recipe there is not."""
-    from ssl_dist import config
-
     commands = settings.commands()
     for words in commands:
-        rest = words[words.index("--") + 1:] if "--" in words else words
-        if rest[0] in ("shard", "train", "draw", "embed", "eval"):
-            config.recipe(rest[1])
+        _recipe(words)
     missing = [name for name in ("source", "labels") if getattr(settings, name) is None]
     if missing and any(f"{{{name}}}" in line for line in settings.lines[settings.asked] for name in missing) \
             and settings.asked != "small":

@@ -26,10 +26,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from shards import drawing, draws, folder, index
+from shards import drawing, draws, folder, index, show
 from shards.drawing import Slide
 from shards.draws import Draw
 from shards.index import ShardError
+from shards.settings import CUT
 from ssl_dist.data import augment, bags, opencv, stain
 from ssl_dist.data.decode import Decoder
 from ssl_dist.data.loader import Palettes
@@ -38,6 +39,7 @@ from ssl_dist.eval import features
 from ssl_dist.models import encoder as encoders
 from ssl_dist.slides import Draws
 
+KIND = "draws"
 FORMAT = 1              # of what is written: another one where the same settings would give other draws
 TOGETHER = 256          # tiles of a draw that are looked at together
 ORDER = 5               # the last word of Philox's counter; 0 to 4 are used by what batches are made of
@@ -93,7 +95,7 @@ class Summary:
     untouched: bool = False         # the folder was complete before
     part: bool = False
     bytes: int = 0                  # of all tars, once they are published
-    bad: list[str] = field(default_factory=list)
+    bad: list[dict[str, str]] = field(default_factory=list)
 
 
 def plan(settings: Draws) -> Job:
@@ -108,13 +110,16 @@ def plan(settings: Draws) -> Job:
         raise ShardError(f"shards are of {', '.join(reader.datasets)}; draw each dataset into a folder of its own, and "
                          "train on all of them")
     found = _slides(reader)
+    if settings.out.resolve() in {path.resolve() for path in settings.shards}:
+        raise SettingsChanged(f"out={settings.out} is one of shards=, which are read; choose a new folder")
+    _refuse_strangers(settings.out)
     cards, sha256 = [found.datasets[0] for found in reader.indexes], encoders.digest(settings.encoder)
     order = sorted(found, key=lambda each: hashlib.blake2b(f"{settings.seed} {each.slide.name}".encode()).digest())
     tars = [order[first:first + settings.tar_slides] for first in range(0, len(order), settings.tar_slides)]
     kept = {name: getattr(settings, name) for name in ("split", "mpp", "draws", "tiles", "stage", "precision", "seed",
                                                        "tar_slides")}
     decided = json.loads(json.dumps({
-        "format": FORMAT, "kind": "draws", **kept, "view": asdict(settings.view), **network.identity,
+        "format": FORMAT, "kind": KIND, **kept, "view": asdict(settings.view), **network.identity,
         "encoder_sha256": sha256, "shards": [each.fingerprint for each in reader.indexes],
         "stain": hashlib.sha256(settings.stain.read_bytes()).hexdigest() if settings.stain else ""}))
     told = {name: cards[0].get(name, "") for name in ("name", "organ", "stain", "licence", "about")}
@@ -127,12 +132,13 @@ def plan(settings: Draws) -> Job:
 def _slides(reader: Reader) -> list[Tiles]:
     """The slides, by name, with the cells of their tiles."""
     rows = reader.all_rows()
-    known, of_code = np.unique([name for _, name in reader.words("slide")], return_inverse=True)
+    called, of_code = np.unique([name for _, name in reader.words("slide")], return_inverse=True)
     used, first_S, place_R = np.unique(of_code[reader.codes("slide", rows)], return_index=True, return_inverse=True)
-    names = known[used]
+    names = called[used]
     corner_R2 = np.stack([reader.numbers(name, rows).astype(np.int64) for name in ("x", "y")], axis=1)
     mpp_R = np.round(reader.numbers("mpp", rows).astype(np.float64), 4)
     told = {name: reader.column(name, rows[first_S]) for name in ("patient", "split")}
+    wides = _wides(reader)
     found = []
     parts = np.split(np.argsort(place_R, kind="stable"), np.cumsum(np.bincount(place_R))[:-1])
     for number, (name, own) in enumerate(zip(names.tolist(), parts, strict=True)):
@@ -143,10 +149,24 @@ def _slides(reader: Reader) -> list[Tiles]:
         if len(own) > 1 and (corner_N2 == corner_N2[0]).all():
             raise ShardError(f"all {len(own)} tiles of slide {name!r} lie at one place, x={corner_N2[0, 0]} "
                              f"y={corner_N2[0, 1]}: nobody knows where they were; shard the slides themselves")
-        cell_N2 = np.rint((corner_N2 - corner_N2.min(axis=0)) / bags.pitch(corner_N2)).astype(np.int32)
+        known = name in wides and np.isfinite(several[0])
+        wide = wides[name] * several[0] if known else bags.pitch(corner_N2)
+        cell_N2 = np.rint((corner_N2 - corner_N2.min(axis=0)) / wide).astype(np.int32)
         lot = int.from_bytes(hashlib.blake2b(name.encode(errors="surrogateescape"), digest_size=8).digest(), "big")
         found.append(Tiles(Slide(name, told["patient"][number], told["split"][number], float(several[0])), rows[own],
                            cell_N2, lot))
+    return found
+
+
+def _wides(reader: Reader) -> dict[str, float]:
+    """How wide a tile is at level 0 of each slide for every micron a pixel, where the shards know: of few tiles that
+    lie apart, gaps alone do not tell."""
+    found: dict[str, float] = {}
+    for home, told in zip(reader.folders, reader.indexes, strict=True):
+        if isinstance(home, Path) and told.settings.get("kind") in CUT and (size := told.settings.get("size")):
+            for line in show.slide_lines(home):
+                if isinstance(mpp := line.get("mpp"), int | float) and mpp > 0:
+                    found[line["slide"]] = size / mpp
     return found
 
 
@@ -155,7 +175,6 @@ def run(settings: Draws, device: torch.device, threads: int, progress: Progress 
     job = plan(settings)
     out, work = settings.out, settings.out / ".work"
     with contextlib.closing(job.reader), contextlib.ExitStack() as held:
-        _refuse_strangers(out)
         held.enter_context(folder.hold(out, ".lock", shared=bool(settings.part)))
         if settings.part:
             held.enter_context(folder.hold(out, f".part-{settings.part.replace('/', '-of-')}.lock"))
@@ -184,7 +203,7 @@ def _draw(job: Job, left: list[int], network: encoders.Encoder, device: torch.de
     """The tars that are left, one after the other."""
     done = total - sum(len(job.tars[number]) for number in left)
     words = {"dataset": job.card["name"], "organ": job.card["organ"], "stain": job.card["stain"]}
-    bad: list[str] = []
+    bad: list[dict[str, str]] = []
     progress("slides", done, total)
 
     def counted(found: Iterator[tuple[Slide, list[bytes]]]) -> Iterator[tuple[Slide, list[bytes]]]:
@@ -197,11 +216,12 @@ def _draw(job: Job, left: list[int], network: encoders.Encoder, device: torch.de
     with contextlib.closing(_Shown(job, threads, bad)) as shown:
         for number in left:
             before = len(bad)
+
+            def lost(first: int = before) -> dict[str, Any]:
+                return {"bad": bad[first:]}
+
             looked = features.look(network, shown.batches(job.tars[number]), device, job.settings.precision)
-            drawing.write_tar(job.path(number), job.note(number), words, counted(_packed(job, looked)))
-            if bad[before:]:
-                note = job.note(number)
-                folder.write_json(note, {**json.loads(note.read_text()), "bad": bad[before:]})
+            drawing.write_tar(job.path(number), job.note(number), words, counted(_packed(job, looked)), lost)
 
 
 def _packed(job: Job, looked: Iterator[tuple["_Piece", Tensor]]) -> Iterator[tuple[Slide, list[bytes]]]:
@@ -229,7 +249,7 @@ class _Piece:
 class _Shown:
     """The tiles of draws as the encoder is to see them, a batch at a time."""
 
-    def __init__(self, job: Job, threads: int, bad: list[str]):
+    def __init__(self, job: Job, threads: int, bad: list[dict[str, str]]):
         self._job, self._bad = job, bad
         self._pool, self._decoder = ThreadPoolExecutor(threads), Decoder(TOGETHER, threads)
         fit = stain.read(job.settings.stain) if job.settings.stain else None
@@ -295,7 +315,7 @@ class _Shown:
 
     def _lose(self, row: int) -> None:
         key, path, _ = self._job.reader.place(row)
-        self._bad.append(f"{path}: {key}")
+        self._bad.append({"key": key, "tar": str(path), "reason": "unreadable"})
         if len(self._bad) > self._job.settings.max_bad:
             raise ShardError(f"{len(self._bad)} tiles cannot be read, max_bad={self._job.settings.max_bad}; the last "
                              f"is {key!r}. Run: ssl-dist check {path.parent} --decode")
@@ -305,7 +325,12 @@ class _Shown:
 
 
 def _refuse_strangers(out: Path) -> None:
-    if out.is_dir() and not (out / ".lock").exists() and (there := sorted(each.name for each in out.iterdir())):
+    """A folder of anything else is not written to."""
+    ours = (out / "index.json").is_file() and index.draws(index.read(out))
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        ours = ours or json.loads((out / ".work" / "settings.json").read_text()).get("kind") == KIND
+    there = sorted(each.name for each in out.iterdir() if not each.name.startswith(".")) if out.is_dir() else []
+    if there and not ours:
         raise SettingsChanged(f"out={out} holds {there[0]!r} and was not begun by ssl-dist draw; choose a new or an "
                               "empty folder")
 
@@ -340,9 +365,9 @@ def _finished(job: Job) -> Summary:
 def _published(job: Job, notes: list[dict[str, Any]]) -> Summary:
     out, bad = job.settings.out, [line for note in notes for line in note.get("bad", [])]
     if len(bad) > job.settings.max_bad:
-        raise ShardError(f"{len(bad)} tiles cannot be read, max_bad={job.settings.max_bad}; the last is {bad[-1]}. "
-                         f"Run: ssl-dist check {job.settings.shards[0]} --decode")
-    lines = "".join(json.dumps({"key": line, "reason": "unreadable"}, ensure_ascii=False) + "\n" for line in bad)
+        raise ShardError(f"{len(bad)} tiles cannot be read, max_bad={job.settings.max_bad}; the last is "
+                         f"{bad[-1]['key']!r}. Run: ssl-dist check {job.settings.shards[0]} --decode")
+    lines = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in bad)
     folder.write(out / "rejected.jsonl", lines)
     card = {**job.card, "rejected": {"unreadable": len(bad)} if bad else {}}
     found = drawing.publish(out, card, job.decided, notes,
@@ -366,7 +391,8 @@ def rehearse(settings: Draws) -> list[str]:
     """What would be drawn, once everything is refused that can be."""
     job = plan(settings)
     job.reader.close()
-    _refuse_strangers(settings.out)
+    if (settings.out / "index.json").exists():
+        return lines(_finished(job), settings)
     if (note := settings.out / ".work" / "settings.json").exists():
         _same(settings.out, json.loads(note.read_text()), job.decided)
     tiles = sum(min(settings.tiles, len(each.rows_N)) for tar in job.tars for each in tar)

@@ -47,13 +47,15 @@ class Clock:
 class Log:
     """Rank 0's record of a run; on other ranks every call does nothing."""
 
-    def __init__(self, run: Path, steps: int, start: int, check: Callable[[], None] = lambda: None):
-        """`start`: steps that are done. `check` refuses to write where the folder is no longer ours."""
+    def __init__(self, run: Path, steps: int, start: int, check: Callable[[], None] = lambda: None,
+                 samples: str = "images"):
+        """`start`: steps that are done. `check` refuses to write where the folder is no longer ours. `samples`: what
+        is counted, in words."""
         self._jsonl: IO[str] | None = None
         self._board: SummaryWriter | None = None
         self._bar: Progress | None = None
         self._told = self._blank = False
-        self._check = check
+        self._check, self._samples = check, samples
         if dist.rank():
             return
         self._run = run
@@ -95,7 +97,8 @@ class Log:
         with self._board_may_be_lost(step):
             for name, value in row.items():
                 self._board.add_scalar(name, value, step)
-        figures = f"loss {row['loss']:.3f}  {row['images_per_second']:.0f} images/s  waiting {row['data_wait']:.0%}"
+        figures = (f"loss {row['loss']:.3f}  {row['images_per_second']:.0f} {self._samples}/s  "
+                   f"waiting {row['data_wait']:.0%}")
         self._bar.update(self._task, figures=figures)
         if not self._console.is_terminal:       # a file or a SLURM log: one plain line now and then
             self._console.print(f"step {step}/{self._steps}  {figures}", highlight=False)

@@ -180,7 +180,7 @@ def _built(settings: Train, path: Path, run: runs.Run, device: torch.device, rea
     own = Parts(settings, path, run, device, engine, method,
                 _loader(settings, path, reader, stream, method, device, threads, way),
                 checkpoint.Saver(path / "checkpoints", engine, settings.checkpoint, owner.check, owner.token),
-                Log(path, settings.steps, start, owner.check),
+                Log(path, settings.steps, start, owner.check, "slides" if method.INPUT == "bags" else "images"),
                 Ledger(path, reader, owner.check) if settings.debug.ledger else None, watching,
                 finite.Statistics(method), asked,
                 {"identity": identity, "way": way, "left_out": before.get("left_out", [])})
@@ -376,13 +376,18 @@ def _tries(settings: Train, plan: Method, world: int, reader: Reader) -> None:
         for size in sorted({view.size for view in plan.views if isinstance(view, View)}):
             encoder.tries(tiles, size)
     if isinstance(encoder, SlideEncoder):
-        if len({found.datasets[0].get("encoder_sha256") for found in reader.indexes}) > 1:
-            raise ConfigError([f"{', '.join(map(str, reader.folders))} are draws by different encoders of tiles; draw "
-                               "them all by one"])
+        if len({(found.datasets[0].get("encoder_sha256"), found.settings.get("stage"))
+                for found in reader.indexes}) > 1:
+            raise ConfigError([f"{', '.join(map(str, reader.folders))} are draws by different encoders of tiles, or of "
+                               "different stages of one; draw them all alike"])
         for home, found in zip(reader.folders, reader.indexes, strict=True):
             if (width := found.datasets[0].get("width")) != encoder.tiles:
                 raise ConfigError([f"{home} holds vectors of {width} numbers, and the encoder takes {encoder.tiles}; "
                                    f"use encoder.args.tiles={width}"])
+        try:
+            plan.begin()
+        except ValueError as error:
+            raise ConfigError([f"method.begin_as: {error}"]) from None
 
 
 def _imitated(settings: Train, device: torch.device) -> str:
@@ -504,11 +509,12 @@ def rehearse(settings: Train, world: int, allowed: Sequence[str] = ()) -> dict[s
     need = 4 * weights * 3 * (settings.checkpoint.keep + 1)       # weights and two moments, fp32, and one in the making
     if need > (free := shutil.disk_usage(home).free):
         raise folder.StorageError(28, f"{path}: checkpoints may take {need / 1e9:.1f} GB, {free / 1e9:.1f} GB are free")
-    return {"tiles": stream.samples, "steps an epoch": stream.steps_an_epoch,
+    what = "slides" if method.INPUT == "bags" else "tiles"
+    return {what: stream.samples, "steps an epoch": stream.steps_an_epoch,
             "left out of an epoch": stream.samples % settings.data.batch,
             "steps": settings.steps, "epochs": round(settings.steps / stream.steps_an_epoch, 2),
             "learning rate at the top": float(f"{settings.optim.lr * config.lr_scale(settings):.4g}"),
-            "tiles a rank and step": share, **_parts(settings, method, share), "parameters": weights,
+            f"{what} a rank and step": share, **_parts(settings, method, share), "parameters": weights,
             "disk for checkpoints, GB": round(need / 1e9, 2), **_room(settings, reader),
             **({"warning": words} if words else {})}
 

@@ -56,6 +56,14 @@ def test_every_line_runs_once_and_a_changed_one_takes_those_after_it_along(nodes
     lines[1] = "check other"
     chain.run(load(recipe(tmp_path / "one.yaml", *lines), nodes))
     assert ran[3:] == [["check", "other"], words[2]]
+    own = tmp_path / "own.yaml"
+    own.write_text("# first\n" + config.recipe("eval/knn").read_text())
+    lines = ["check {source}", f"eval {own} encoder={{source}}"]
+    for _ in range(2):
+        chain.run(load(recipe(tmp_path / "two.yaml", *lines), nodes))
+        own.write_text("# other\n" + config.recipe("eval/knn").read_text())
+    assert [each[0] for each in ran[5:]] == ["check", "eval", "eval"], "another recipe of that name is another line"
+    del ran[5:]
     (tmp_path / "one" / "chain.json").write_text("{torn")
     chain.run(load(recipe(tmp_path / "one.yaml", *lines[:1]), nodes))
     assert ran[5:] == words[:1]
@@ -68,7 +76,7 @@ def test_a_line_that_fails_ends_the_chain_with_its_code_and_is_tried_again(nodes
     with pytest.raises(chain.LineFailed, match="ended at: 1 of 2: check") as failed:
         chain.run(told)
     assert failed.value.exit_code == 3, "what `ssl-dist check` says of a folder that holds no shards"
-    assert not (told.out / "chain.json").exists()
+    assert json.loads((told.out / "chain.json").read_text())["lines"] == []
 
 
 def test_a_signal_reaches_the_line_at_work_and_its_code_comes_back(tmp_path: Path,
@@ -96,7 +104,11 @@ def test_a_signal_reaches_the_line_at_work_and_its_code_comes_back(tmp_path: Pat
     ([], [], "not a list of commands"),
     (["check x"], ["size=medium"], "size='medium' is not one of paper"),
     (["check x"], ["labels=null"], "go together"), (["train nothing_like_it"], [], "no config nothing_like_it"),
-    (["launch local -- train pretrain/simcrl"], [], "did you mean pretrain/simclr")])
+    (["launch local -- train pretrain/simcrl"], [], "did you mean pretrain/simclr"),
+    (["train"], [], "says nothing of what"), (["launch local --"], [], "says nothing of what"),
+    (["check 'x"], [], "cannot be read"), (["report {out"], [], "cannot be read"),
+    (["train demo x={size: 1}"], [], "other braces are doubled"),
+    (["check x"], ["paint.train=12"], "no multiple of 8")])
 def test_what_cannot_be_is_refused_before_anything_runs(lines: list[str], words: list[str], said: str, nodes: Path,
                                                         tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=said):
@@ -113,6 +125,19 @@ def test_the_command_shows_its_lines_and_a_launch_is_one_job(tmp_path: Path) -> 
     (work,) = jobs._chains(asked)
     assert (work.commands, work.gpus, work.folder) == ([["chain", "eval/camelyon16", f"out={tmp_path / 'c'}"]], 4,
                                                        tmp_path / "c.launch")
+
+
+def test_other_slides_are_not_painted_into_a_chain_that_was_begun(tmp_path: Path,
+                                                                  monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chain, "step", lambda *_: None)
+    painted: list[dict[str, Any]] = []
+    monkeypatch.setattr(chain.synthetic, "write_nodes", lambda _, **told: painted.append(told))
+    path = recipe(tmp_path / "own.yaml", "check {out}")
+    path.write_text(path.read_text().replace("paper:", "small:"))
+    chain.run(schema.load(chain.Chain, path, []))
+    with pytest.raises(ConfigError, match=r"'seed': 0.* is to be .*'seed': 5"):
+        chain.run(schema.load(chain.Chain, path, ["paint.seed=5"]))
+    assert len(painted) == 1
 
 
 def test_nodes_lie_as_camelyon16_does_and_no_scanner_tells(nodes: Path) -> None:
@@ -153,4 +178,4 @@ def test_the_paper_s_chain_goes_from_slides_to_a_report(nodes: Path, tmp_path: P
     result = json.loads((told.out / "run" / "eval" / "mil.json").read_text())
     assert result["counts"]["slides"] == 16 or result["counts"]["queries"] == 8, result["counts"]
     assert "deepmil" in (told.out / "run" / "report.html").read_text()
-    assert len(json.loads((told.out / "chain.json").read_text())) == len(lines)
+    assert len(json.loads((told.out / "chain.json").read_text())["lines"]) == len(lines)

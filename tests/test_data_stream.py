@@ -158,7 +158,7 @@ def test_the_order_is_near_uniform() -> None:
 
 
 def test_fewer_samples_than_a_batch_are_refused() -> None:
-    with pytest.raises(ShardError, match=r"hold 500 tiles.*data\.batch=501"):
+    with pytest.raises(ShardError, match=r"hold 500 samples.*data\.batch=501"):
         stream(batch=501)
     with pytest.raises(ShardError) as refused:
         stream(counts=np.array([0, 0]))

@@ -190,6 +190,14 @@ def test_what_would_mix_two_kinds_of_draws_is_refused(encoder: Path, shard: Path
     with pytest.raises(EncoderError, match=r"stage=9 is none of resnet18, whose stages are 0 \(act1\), 1 \(layer1\)"):
         draw.run(replace(told, out=tmp_path / "new", stage=9), CPU, 1)
     assert not (tmp_path / "new").exists()
+    with pytest.raises(draw.SettingsChanged, match="one of shards="):
+        draw.run(replace(told, out=told.shards[0]), CPU, 1)
+    with hold(tmp_path / "vectors", ".lock"):       # as ssl-dist embed leaves its folder
+        (tmp_path / "vectors" / "embed.json").write_text("{}")
+    for what in (draw.rehearse, lambda one: draw.run(one, CPU, 1)):
+        with pytest.raises(draw.SettingsChanged, match=r"embed\.json.* not begun by ssl-dist draw"):
+            what(replace(told, out=tmp_path / "vectors"))
+    assert "complete before" in draw.rehearse(told)[0]
 
 
 def hurt(shard: Path, out: Path, rows: list[int]) -> Path:
@@ -213,9 +221,10 @@ def test_a_tile_that_cannot_be_read_is_left_out_and_listed_up_to_a_budget(encode
     bad = [row for row, each in enumerate(table["slide"]) if each == slide][:3]
     told = settings(encoder, hurt(shard, tmp_path / "hurt", bad), tmp_path / "out", tiles=1000)
     said = draw.run(told, CPU, 2)
-    assert sorted(line.rpartition(": ")[2] for line in said.bad) == sorted(table["key"][row] for row in bad)
+    assert sorted(line["key"] for line in said.bad) == sorted(table["key"][row] for row in bad)
     listed = [json.loads(line) for line in (told.out / "rejected.jsonl").read_text().splitlines()]
-    assert len(listed) == 3 and check.check(told.out, decode=True) == []
+    assert listed == said.bad and {line["reason"] for line in listed} == {"unreadable"}
+    assert check.check(told.out, decode=True) == []
     counts = {key: len(one.cell_T2) for key, one in contents(told.out).items()}
     ours = [count for key, count in counts.items() if key.startswith(slide.lower())]
     assert ours == [len(looked.tiles[slide]) - 3] * 3, "all draws of the slide are without them"
@@ -246,6 +255,18 @@ def test_tiles_without_a_place_and_of_two_grids_are_refused(encoder: Path, slide
     write.write(loose)
     with pytest.raises(ShardError, match="lie at one place"):
         draw.run(settings(encoder, loose.out, tmp_path / "nowhere"), CPU, 1)
+
+
+def test_tiles_that_lie_apart_keep_their_distance(encoder: Path, slides: Path, tmp_path: Path) -> None:
+    """Of two tiles of a slide the gap says nothing: how wide a tile is, the shards know."""
+    few = write.Settings(source=slides, out=tmp_path / "few", dataset="few", size=64, mpp=1.0, max_tiles=2, workers=2)
+    write.write(few)
+    table = index.samples(few.out).to_pydict()
+    for key, one in contents(made(settings(encoder, few.out, tmp_path / "draws"))).items():
+        own = [row for row, slide in enumerate(table["slide"]) if key.startswith(slide.lower())]
+        corners = np.stack([[table["x"][row], table["y"][row]] for row in own])
+        assert {tuple(cell) for cell in one.cell_T2.tolist()} == {
+            tuple(cell) for cell in ((corners - corners.min(axis=0)) // 128).tolist()}
 
 
 def test_the_command_says_what_it_would_do_does_it_and_refuses_what_cannot_be(encoder: Path, shard: Path,

@@ -10,7 +10,9 @@ import pytest
 
 from shards.index import ShardError
 from ssl_dist import config, train
+from ssl_dist.models import encoder as encoders
 from ssl_dist.models import own
+from ssl_dist.models.encoder import Encoder, EncoderError
 from ssl_dist.models.sparse import SlideEncoder
 
 drill = runpy.run_path(str(Path(__file__).with_name("drill.py")))
@@ -94,6 +96,13 @@ def test_the_run_leaves_an_encoder_of_slides_and_tells_what_it_learnt_of(home: P
     assert "gigassl on 31 slides of histology" in card and "| slides seen | 96 (8 steps of 12)" in card
 
 
+def test_an_encoder_of_slides_is_refused_where_tiles_are_looked_at(home: Path, ended: dict[str, list[Any]]) -> None:
+    assert not any(ended["whole"][0].codes)
+    for what in (encoders.load, encoders.build, encoders.trained_size):
+        with pytest.raises(EncoderError, match="is an encoder of slides"):
+            what(home / "whole" / "encoder")
+
+
 def test_what_does_not_go_together_is_refused_before_the_first_step(made: Path, shard: Path, tmp_path: Path) -> None:
     def rehearsed(*more: str, shards: tuple[Path, ...] = (made,)) -> dict[str, Any]:
         return train.rehearse(config.load_train("pretrain/gigassl", [
@@ -113,5 +122,11 @@ def test_what_does_not_go_together_is_refused_before_the_first_step(made: Path, 
     index_json.write_text(index_json.read_text().replace("0" * 64, "1" * 64))
     with pytest.raises(config.ConfigError, match="different encoders of tiles"):
         rehearsed(shards=(made, other))
+    index_json.write_text(index_json.read_text().replace("1" * 64, "0" * 64).replace('"stage": 3', '"stage": 4'))
+    with pytest.raises(config.ConfigError, match="different stages of one"):
+        rehearsed(shards=(made, other))
+    Encoder("resnet18", {"layers": [1, 1, 1, 1]}, (0.5,) * 3, (0.5,) * 3).save(tmp_path, 64, {})
+    with pytest.raises(config.ConfigError, match=r"method\.begin_as: .*begins as layer4"):
+        rehearsed(f"method.begin_as={tmp_path}")
     with pytest.raises(ShardError, match="asked for are draws of slides"):
         rehearsed(shards=(shard,))

@@ -36,7 +36,8 @@ def told(tmp_path: Path) -> SlideEmbed:
     """An encoder of slides, and four slides, one of a single tile."""
     torch.manual_seed(0)
     (tmp_path / "run" / "encoder").mkdir(parents=True)
-    own.save(SlideEncoder(6, 9), tmp_path / "run" / "encoder", {"tile_encoder_sha256": SHA, "tile_stage": 3})
+    own.save(SlideEncoder(6, 9), tmp_path / "run" / "encoder", {"tile_encoder_sha256": SHA, "tile_stage": 3,
+                                                                "mpp": [1.0]})
     (tmp_path / "h5").mkdir()
     numbers = np.random.default_rng(0)
     for name, count in TILES.items():
@@ -96,11 +97,14 @@ def test_vectors_of_another_encoder_stage_or_width_are_refused(told: SlideEmbed,
         return replace(told, bags=tmp_path / name)
 
     for one, said in ((bags("wide", 7), "vectors of 7 numbers"),
-                      (bags("stage", encoder_sha256=SHA), "tile_stage None"),
-                      (bags("sha", encoder_sha256="6" * 64, stage=3), "tile_encoder_sha256 666666666666")):
+                      (bags("stage", encoder_sha256=SHA), "stage None"),
+                      (bags("sha", encoder_sha256="6" * 64, stage=3), "encoder 666666666666"),
+                      (bags("mpp", encoder_sha256=SHA, stage=3, mpp=2.0), "2 µm/px, .* learnt at 1; .*mpp=1")):
         with pytest.raises(ShardError, match=said):
             slide_embed.rehearse(one)
-    assert slide_embed.rehearse(bags("silent"))["slides"] == 1, "where nothing is told, nothing can be held against it"
+    silent = slide_embed.rehearse(bags("silent"))
+    assert silent["slides"] == 1 and "does not say which encoder" in silent["warnings"][0]
+    assert slide_embed.rehearse(bags("near", encoder_sha256=SHA, stage=3, mpp=1.004))["warnings"] == []
     Encoder("resnet18", {"layers": [1, 1, 1, 1], "channels": [8, 8, 8, 8]}, (0.5,) * 3, (0.5,) * 3).save(
         tmp_path / "timm", 64, {})
     with pytest.raises(EncoderError, match="is of 'resnet18'"):

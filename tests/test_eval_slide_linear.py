@@ -242,3 +242,14 @@ def test_the_command_reads_the_recipe_and_writes_beside_the_vectors(told: dict[s
         config.load_eval("eval/slide_linear", [*words, "baselines=[nothing]"])
     with pytest.raises(ConfigError, match="encoder"):
         config.load_eval("eval/slide_linear", [*words, "encoder=runs/first/encoder"])
+
+
+def test_training_and_testing_are_train_and_test_and_other_words_are_told(told: dict[str, Any], tmp_path: Path) -> None:
+    words = np.where(np.arange(SLIDES) < 120, "train", "test")
+    plain = asked(told, labels=written(tmp_path / "one.csv", split=words), sizes=[40])
+    longer = asked(told, labels=written(tmp_path / "two.csv", split=np.char.add(words, "ing")), sizes=[40])
+    assert plain["metrics"] == longer["metrics"] and plain["counts"]["queries"] == longer["counts"]["queries"] == 40
+    assert not any("in turn" in words for words in longer["warnings"])
+    places = np.where(np.arange(SLIDES) < 80, "north", "south")
+    other = asked(told, labels=written(tmp_path / "three.csv", split=places), sizes=[40])
+    assert any("none is 'test': each was asked about in turn" in words for words in other["warnings"])

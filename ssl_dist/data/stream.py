@@ -27,8 +27,8 @@ class Stream:
         self.samples = int(np.sum(counts))
         self.steps_an_epoch = self.samples // batch     # who falls into the tail of one epoch, may lead the next
         if not self.steps_an_epoch:
-            raise ShardError(f"the shards hold {self.samples} tiles of the wanted kind, and one step takes data.batch="
-                             f"{batch}; choose a smaller batch or shard more")
+            raise ShardError(f"the shards hold {self.samples} samples of the wanted kind, and one step takes "
+                             f"data.batch={batch}; choose a smaller batch or shard more")
         if shares is None or datasets is None:
             self._mixture, self._tars = None, [np.arange(len(counts))]
         else:

@@ -27,12 +27,14 @@ from ssl_dist.models import encoder as encoders
 from ssl_dist.models import own
 from ssl_dist.models.sparse import SlideEncoder
 
+NEAR = 0.1              # of the µm/px learnt at: slides' own resolutions differ by some per cent
+
 
 def rehearse(settings: SlideEmbed) -> dict[str, Any]:
     """Everything that can fail before a slide is looked at; what would be looked at."""
     bags = _bags(settings)
     return {"protocol": settings.protocol, "slides": len(bags), "tiles": int(bags.counts.sum()),
-            "width of a tile's vector": bags.width, "out": str(settings.home), "warnings": []}
+            "width of a tile's vector": bags.width, "out": str(settings.home), "warnings": _doubts(bags)}
 
 
 def run(settings: SlideEmbed, device: torch.device, threads: int, progress: Progress) -> dict[str, Any]:
@@ -60,7 +62,7 @@ def run(settings: SlideEmbed, device: torch.device, threads: int, progress: Prog
         "shards": [{"path": str(settings.bags), "fingerprint": bags.fingerprint, "datasets": []}],
         "counts": {"tiles": int(bags.counts.sum()), "slides": len(bags), "width": vectors_SD.shape[1]},
         "views": settings.views, "tiles": settings.tiles, "metrics": {}, "intervals": {}, "baselines": {},
-        "warnings": [], "seed": settings.seed, "written": str(out / "slide_embed.json")}
+        "warnings": _doubts(bags), "seed": settings.seed, "written": str(out / "slide_embed.json")}
     folder.write_json(out / "slide_embed.json", result)
     return result
 
@@ -90,13 +92,22 @@ def _bags(settings: SlideEmbed) -> Bags:
     if bags.width != network.tiles:
         raise ShardError(f"{settings.bags} holds vectors of {bags.width} numbers, and {settings.encoder} takes "
                          f"{network.tiles}; embed the slides with the tile encoder and stage that it learnt on")
-    trained = {name: about.get(name) for name in ("tile_encoder_sha256", "tile_stage")}
-    given = {"tile_encoder_sha256": bags.encoder, "tile_stage": bags.facts[0].get("stage")}
-    if trained["tile_encoder_sha256"] and bags.encoder and trained != given:
-        differs = next(name for name in trained if trained[name] != given[name])
-        raise ShardError(f"{settings.bags} has {differs} {given[differs]!s:.12}, and {settings.encoder} learnt on "
-                         f"{trained[differs]!s:.12}; embed the slides with the encoder and stage that it learnt on")
+    for name, theirs, told in (("encoder", about.get("tile_encoder_sha256"), {bags.encoder} - {""}),
+                               ("stage", about.get("tile_stage"), {facts.get("stage") for facts in bags.facts})):
+        if bags.encoder and about.get("tile_encoder_sha256") and (other := told - {theirs}):
+            raise ShardError(f"{settings.bags} is of {name} {other.pop()!s:.12}, and {settings.encoder} learnt on "
+                             f"{theirs!s:.12}; embed the slides with the encoder and stage that it learnt on")
+    for slide, facts in zip(bags.slides, bags.facts, strict=True):
+        mpp, learnt = facts.get("mpp"), about.get("mpp") or []
+        if mpp and learnt and not any(abs(mpp - each) < NEAR * each for each in learnt):
+            raise ShardError(f"slide {slide!r} in {settings.bags} is of {mpp:g} µm/px, and {settings.encoder} learnt "
+                             f"at {', '.join(f'{each:g}' for each in learnt)}; embed the slides with mpp={learnt[0]:g}")
     return bags
+
+
+def _doubts(bags: Bags) -> list[str]:
+    return [] if bags.encoder else [f"{bags.home} does not say which encoder its tiles were seen by: whether it is the "
+                                    "one that the slide encoder learnt on is not known"]
 
 
 def _write(path: Path, bags: Bags, vectors_SD: np.ndarray, sha256: str) -> None:

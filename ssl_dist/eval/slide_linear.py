@@ -32,6 +32,7 @@ from ssl_dist.eval.protocol import Progress
 from ssl_dist.eval.settings import CHANCE, SlideLinear
 
 TEST, TRAIN = "test", "train"
+ALSO = {"testing": TEST, "training": TRAIN}     # as CAMELYON16's folders are called
 WHOLE = 1.0             # of the slides there are: what the main figures are of
 
 
@@ -151,7 +152,7 @@ def labelled(table: Path, own: Vectors) -> Labels:
     if len(classes) < 2:
         raise ShardError(f"{table} knows one class only of these slides, {classes[0]!r}: every guess would be right; "
                          "label more classes")
-    split_S = np.array([line.get("split", "") for line in known])
+    split_S = np.array([ALSO.get(line.get("split", ""), line.get("split", "")) for line in known])
     patients = [line.get("patient") or own.patients[row] for row, line in zip(rows_S, known, strict=True)]
     groups_S = np.array([patient or f"slide {own.slides[row]}" for row, patient in zip(rows_S, patients, strict=True)])
     said = []
@@ -269,6 +270,9 @@ def _planned(settings: SlideLinear, labels: Labels) -> tuple[list[Part], list[in
         known = replace(labels, split_S=np.where(keep, labels.split_S, ""))
     else:
         known = labels
+        if words := sorted({*labels.split_S} - {""}):
+            said.append(f"the table's splits are {', '.join(words)} and none is {TEST!r}: each was asked about in "
+                        "turn, and the others learnt from")
     parts = parted(known, settings.splits, settings.seed)
     least = min(len(part.learnt_P) for part in parts)
     if small := [size for size in settings.sizes if size < len(labels.classes)]:

@@ -22,6 +22,8 @@ from torch import Tensor, nn
 from ssl_dist.models import ELSEWHERE
 from ssl_dist.models.fcnn import Confidence
 
+SLIDES = "slide"        # in place of an architecture: models/own.py
+
 # By architecture, networks that timm does not know: they say something of every pixel.
 MAPS = {"fcnn": Confidence}
 
@@ -258,7 +260,7 @@ def load(source: str | Path) -> Encoder:
     if is_elsewhere(source):
         return _named(str(source), trained=True)
     folder = Path(source)
-    config = _config(folder)
+    config = _of_tiles(folder)
     encoder = build(folder)
     try:
         encoder.network.load_state_dict(
@@ -274,7 +276,7 @@ def build(source: str | Path) -> Encoder:
     """The architecture of an encoder with fresh random weights: the baseline of an evaluation."""
     if is_elsewhere(source):
         return _named(str(source), trained=False)
-    config = _config(Path(source))
+    config = _of_tiles(Path(source))
     cfg, half = config.get("pretrained_cfg", {}), (0.5, 0.5, 0.5)
     # timm also writes down arguments that Encoder sets itself; the kind of pooling is not one: it makes the features.
     args = {name: value for name, value in (config.get("model_args") or {}).items()
@@ -308,7 +310,7 @@ def card(source: str | Path) -> dict[str, Any]:
 
 def trained_size(source: str | Path) -> int:
     """The width in pixels of the views that an encoder was trained on."""
-    told = card(source)
+    told = card(source) if is_elsewhere(source) else _of_tiles(Path(source))
     try:
         return int(told["pretrained_cfg"]["input_size"][-1])
     except (KeyError, TypeError, IndexError, ValueError):
@@ -330,6 +332,15 @@ def digest(source: str | Path) -> str:
         return found.hexdigest()
     with (Path(source) / "model.safetensors").open("rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def _of_tiles(folder: Path) -> dict[str, Any]:
+    """What is written of an encoder of tiles; refuses one of slides."""
+    config = _config(folder)
+    if config["architecture"] == SLIDES:
+        raise EncoderError(f"{folder} is an encoder of slides: it takes vectors of tiles, and no tile; it goes with "
+                           "eval/slide_embed, and has no other forms")
+    return config
 
 
 def _config(folder: Path) -> dict[str, Any]:

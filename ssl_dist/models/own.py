@@ -11,10 +11,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from ssl_dist.models.encoder import EncoderError
+from ssl_dist.models.encoder import SLIDES, EncoderError
 
 # Name in config.json -> module and class. A network has `name`, `args` and `width`.
-NETWORKS = {"slide": ("sparse", "SlideEncoder")}
+NETWORKS = {SLIDES: ("sparse", "SlideEncoder")}
 
 
 def save(network: Any, folder: Path, about: dict[str, Any]) -> None:
