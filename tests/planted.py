@@ -1,5 +1,5 @@
-"""Ellipses on tissue that is none: regions whose nuclei are known to the pixel, and a network small enough to learn them
-in seconds."""
+"""Ellipses on tissue that is none: regions whose nuclei are known to the pixel, and a network that learns them in
+seconds."""
 
 import json
 from pathlib import Path

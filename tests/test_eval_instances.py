@@ -1,14 +1,14 @@
-"""Figures of objects, held against plain loops over sets of pixels, and against cases whose figures are known by hand."""
+"""Figures of objects, held against plain loops over sets of pixels, and against cases known by hand."""
 
 import itertools
 
 import numpy as np
 import pytest
-from tests.planted import ellipses
 from scipy.optimize import linear_sum_assignment
 
 from ssl_dist.eval import instances
 from ssl_dist.eval.instances import Objects
+from tests.planted import ellipses
 
 
 def squares(*boxes: tuple[int, int, int, int], size: int = 40) -> np.ndarray:

@@ -5,12 +5,12 @@ import json
 import numpy as np
 import pytest
 from PIL import Image
-from tests.planted import ellipses
 
 from shards import annotation
 from shards.index import ShardError
 from ssl_dist.eval import qupath
 from ssl_dist.eval.outlines import outlines
+from tests.planted import ellipses
 
 
 def filled(rings: list[np.ndarray], shape: tuple[int, int]) -> np.ndarray:

@@ -4,13 +4,13 @@ import itertools
 
 import numpy as np
 import pytest
-from tests.planted import ellipses
 from scipy import ndimage
 
 from ssl_dist.eval import instances, watershed
 from ssl_dist.eval.instances import Objects
 from ssl_dist.eval.watershed import Rules, Strip, Whole
 from ssl_dist.eval.windows import apart
+from tests.planted import ellipses
 
 RULES = Rules(edge=0.3, smallest=10)
 
@@ -80,7 +80,8 @@ def test_a_nucleus_does_not_depend_on_what_lies_beyond_its_clump() -> None:
         if rows.start >= top + rim and rows.stop <= top + high - rim and columns.start >= left + rim \
                 and columns.stop <= left + wide - rim:
             own = clumps_HW[top:top + high, left:left + wide] == number
-            pairs = {*zip(truth_HW[top:top + high, left:left + wide][own].tolist(), found_HW[own].tolist(), strict=True)}
+            before = truth_HW[top:top + high, left:left + wide][own].tolist()
+            pairs = {*zip(before, found_HW[own].tolist(), strict=True)}
             assert len(pairs) == len({one for one, _ in pairs}) == len({other for _, other in pairs})
             assert all((one > 0) == (other > 0) for one, other in pairs)
             seen += len(pairs)

@@ -5,7 +5,6 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
-from tests.planted import ellipses
 
 from shards.regions import Pixels, Region
 from ssl_dist.data import augment, opencv
@@ -13,6 +12,7 @@ from ssl_dist.data.batch import View
 from ssl_dist.eval import tiling
 from ssl_dist.eval.settings import Nuclei, Outlined
 from ssl_dist.eval.windows import Windows, alike, apart
+from tests.planted import ellipses
 
 
 def settings(**changed: object) -> Nuclei:
@@ -79,7 +79,8 @@ def test_a_nucleus_at_the_rim_and_its_mirror_image_are_two() -> None:
 
 
 @pytest.mark.parametrize(("size", "window", "margin"), [((70, 50), 32, 4), ((9, 13), 32, 8), ((64, 64), 16, 0)])
-def test_every_pixel_is_said_once_and_by_the_middle_of_a_window(size: tuple[int, int], window: int, margin: int) -> None:
+def test_every_pixel_is_said_once_and_by_the_middle_of_a_window(size: tuple[int, int], window: int, margin: int
+                                                                ) -> None:
     image = np.random.default_rng(0).integers(0, 200, (*size, 3), dtype=np.uint8)
 
     def says(pixels: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Decoders over encoders: sizes and weights as the reference has them, losses against NumPy, maps of ResNets and ViTs."""
+"""Decoders over encoders: weights as the reference has them, losses against NumPy, maps of ResNets and ViTs."""
 
 import numpy as np
 import pytest
