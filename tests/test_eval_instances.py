@@ -1,6 +1,8 @@
 """Figures of objects, held against plain loops over sets of pixels, and against cases known by hand."""
 
 import itertools
+import runpy
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,7 +10,8 @@ from scipy.optimize import linear_sum_assignment
 
 from ssl_dist.eval import instances
 from ssl_dist.eval.instances import Objects
-from tests.planted import ellipses
+
+ellipses = runpy.run_path(str(Path(__file__).with_name("planted.py")))["ellipses"]
 
 
 def squares(*boxes: tuple[int, int, int, int], size: int = 40) -> np.ndarray:

@@ -2,7 +2,9 @@
 kept."""
 
 import json
+import runpy
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,8 +15,8 @@ from shards.index import ShardError
 from ssl_dist import config
 from ssl_dist.eval import dense, networks, nuclei, outline, protocol, semantic, summary
 from ssl_dist.models.encoder import EncoderError
-from tests import planted
 
+planted = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("planted.py"))))
 CPU = torch.device("cpu")
 SMALL = ["data.part=0.4", "data.query=", "window=48", "margin=8", "width=8", "fine=false", "epochs=[1,8]", "drop=6",
          "batches=[8,8]", "windows=8", "lr=5e-3", "jitter=0", "baselines=[]"]

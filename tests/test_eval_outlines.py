@@ -1,6 +1,8 @@
 """Outlines of nuclei: filled by the even-odd rule they are the nuclei again, to the pixel."""
 
 import json
+import runpy
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +12,8 @@ from shards import annotation
 from shards.index import ShardError
 from ssl_dist.eval import qupath
 from ssl_dist.eval.outlines import outlines
-from tests.planted import ellipses
+
+ellipses = runpy.run_path(str(Path(__file__).with_name("planted.py")))["ellipses"]
 
 
 def filled(rings: list[np.ndarray], shape: tuple[int, int]) -> np.ndarray:

@@ -1,6 +1,8 @@
 """Nuclei from maps: planted ones come back, and neither strips nor what lies elsewhere change any."""
 
 import itertools
+import runpy
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +12,8 @@ from ssl_dist.eval import instances, watershed
 from ssl_dist.eval.instances import Objects
 from ssl_dist.eval.watershed import Rules, Strip, Whole
 from ssl_dist.eval.windows import apart
-from tests.planted import ellipses
+
+ellipses = runpy.run_path(str(Path(__file__).with_name("planted.py")))["ellipses"]
 
 RULES = Rules(edge=0.3, smallest=10)
 

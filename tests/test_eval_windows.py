@@ -1,6 +1,8 @@
 """Windows and their labels, and maps of regions of any size: cut, turned and put together so that nothing is lost."""
 
+import runpy
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +14,8 @@ from ssl_dist.data.batch import View
 from ssl_dist.eval import tiling
 from ssl_dist.eval.settings import Nuclei, Outlined
 from ssl_dist.eval.windows import Windows, alike, apart
-from tests.planted import ellipses
+
+ellipses = runpy.run_path(str(Path(__file__).with_name("planted.py")))["ellipses"]
 
 
 def settings(**changed: object) -> Nuclei:
