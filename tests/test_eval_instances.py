@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from scipy.optimize import linear_sum_assignment
 
 from ssl_dist.eval import instances
@@ -162,3 +163,21 @@ def test_an_objects_type_is_that_of_most_of_its_pixels_and_nothing_is_no_type() 
     types_HW[0, 0:3], types_HW[1, 0:2] = 2, 1
     found = Objects.of(numbers_HW, types_HW)
     assert found.types_N.tolist() == [2, 0] and found.middle_N2.tolist() == [[1.5, 1.5], [11.5, 11.5]]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_panoptic_quality_is_that_of_torchmetrics(seed: int) -> None:
+    panoptic_quality = pytest.importorskip("torchmetrics.functional.detection").panoptic_quality
+    truth_HW = ellipses((90, 90), 20, seed)
+    guess_HW = np.roll(truth_HW, (seed, 2), axis=(0, 1))
+    guess_HW[guess_HW == 3] = 4
+    guess_HW[guess_HW == 5] = 0
+    guess_HW = np.unique(guess_HW, return_inverse=True)[1].reshape(guess_HW.shape).astype(np.int32)
+    pairs = [(each, ((each > 0) * (1 + each % 2)).astype(np.uint8)) for each in (guess_HW, truth_HW)]
+    tally = instances.tally(*(Objects.of(*pair) for pair in reversed(pairs)), 2)
+    for kinds, own_C in (((1, 2), tally.pq_C[1:]), ((1,), tally.pq_C[:1])):
+        # Pairs of a class and a number; class 0 is what is no object.
+        both = [torch.from_numpy(np.stack([types_HW if len(kinds) > 1 else types_HW > 0, numbers_HW], axis=-1))[None]
+                for numbers_HW, types_HW in pairs]
+        found = panoptic_quality(*(each.long() for each in both), things={*kinds}, stuffs={0}, return_per_class=True)
+        assert own_C == pytest.approx(found[0, :len(kinds)].numpy(), abs=1e-6)
