@@ -396,11 +396,25 @@ def _newest(prefix: str) -> dict | None:
 
 
 def nuclei() -> str:
-    """The table of nuclei: the newest result file, pretrained and untrained."""
+    """The newest result file of nuclei: a table, pretrained and untrained, and how quickly they are parted."""
     found = _newest("nuclei_")
     if not found:
         return "Not measured yet."
-    rows, lines = found["tissue"], ["| encoder | PQ | AJI | Dice | F1 of detection |", "|---|---|---|---|---|"]
+    large, planted = found["large"], min(row["pq"] for row in found["planted"])
+    return _encoders(found) + (
+        f"Parting nuclei alone: 500 planted ellipses come back with a PQ of {planted:.3f} at least; "
+        f"{large['side']:,} x {large['side']:,} px with {large['nuclei']:,} nuclei take {large['seconds']:.0f} s, "
+        f"{large['cpu_seconds']:.0f} s of one core, and {large['peak_gb']:.1f} GB. `python benchmarks/nuclei.py`; "
+        f"{found['cpu']}, {found['cpus']} cores, load {found['load_before'][0]:.0f} to {found['load_after'][0]:.0f}, "
+        f"torch {found['versions']['torch']}, scikit-image {found['versions']['scikit-image']}, {found['date']}.")
+
+
+def _encoders(found: dict) -> str:
+    """What nuclei are found by an encoder and by the same network untrained."""
+    rows = found["tissue"]
+    if not rows:
+        return ""
+    lines = ["| encoder | PQ | AJI | Dice | F1 of detection |", "|---|---|---|---|---|"]
     for name, figures in ((found["method"], [row["metrics"] for row in rows]),
                           ("the same network, untrained", [row["baselines"]["random"] for row in rows])):
         cells = []
@@ -409,19 +423,13 @@ def nuclei() -> str:
             deviation = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
             cells.append(f"{statistics.mean(values):.1f}{deviation}" if values else "")
         lines.append(f"| {name} | {' | '.join(cells)} |")
-    counts, large = rows[0]["counts"], found["large"]
-    seconds = statistics.median(row["seconds"] for row in rows) / 2
-    planted = min(row["pq"] for row in found["planted"])
+    counts, several = rows[0]["counts"], len(rows) > 1
     return "\n".join(lines) + (
-        f"\n\nIn %, {'mean ± standard deviation over ' if len(rows) > 1 else ''}{len(rows)} "
-        f"seed{'s' if len(rows) > 1 else ''}: a narrow HoVer-Net ({', '.join(found['settings'])}) learns from "
-        f"{counts['bank']} MoNuSeg images and is asked about {counts['queries']} of other patients; {seconds:,.0f} s a "
+        f"\n\nIn %, {'mean ± standard deviation over ' if several else ''}{len(rows)} seed{'s' if several else ''}: a "
+        f"narrow HoVer-Net ({', '.join(found['settings'])}) learns from {counts['bank']} MoNuSeg images and is asked "
+        f"about {counts['queries']} of other patients; {statistics.median(row['seconds'] for row in rows) / 2:,.0f} s a "
         f"network, {found['threads']} thread{'s' if found['threads'] > 1 else ''}. So small, it compares encoders; a "
-        "whole HoVer-Net is not measured. Parting nuclei alone: 500 planted ellipses come back with a PQ of "
-        f"{planted:.3f} at least; {large['side']:,} x {large['side']:,} px with {large['nuclei']:,} nuclei take "
-        f"{large['seconds']:.0f} s and {large['peak_gb']:.1f} GB. `python benchmarks/nuclei.py`; {found['cpu']}, "
-        f"{found['cpus']} cores, load {found['load_before'][0]:.0f} to {found['load_after'][0]:.0f}, torch "
-        f"{found['versions']['torch']}, scikit-image {found['versions']['scikit-image']}, {found['date']}.")
+        "whole HoVer-Net is not measured. ")
 
 
 def _files(prefix: str) -> list[Path]:

@@ -238,7 +238,7 @@ def compare(settings: PixelWise, known: Halves, judge: Judge, progress: Progress
         "shards": [], "metrics": figures["encoder"], "intervals": intervals.intervals(own["encoder"].measure, drawn),
         "baselines": {name: figures[name] for name in names[1:]},
         "against": {name: intervals.compared(own["encoder"].measure, own[name].measure, drawn) for name in names[1:]},
-        "counts": {"bank": len(known.bank), "queries": len(known.query), "shared_patients": 0,
+        "counts": {"of": "regions", "bank": len(known.bank), "queries": len(known.query), "shared_patients": 0,
                    "bank_patients": len({each.patient for each in known.bank} - {protocol.UNKNOWN}),
                    "query_patients": len({each.patient for each in known.query} - {protocol.UNKNOWN}),
                    "unknown_patients": sum(not each.patient for each in (*known.bank, *known.query))},
