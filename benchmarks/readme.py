@@ -424,10 +424,11 @@ def _encoders(found: dict) -> str:
             cells.append(f"{statistics.mean(values):.1f}{deviation}" if values else "")
         lines.append(f"| {name} | {' | '.join(cells)} |")
     counts, several = rows[0]["counts"], len(rows) > 1
+    seconds = statistics.median(row["seconds"] for row in rows) / 2
     return "\n".join(lines) + (
         f"\n\nIn %, {'mean ± standard deviation over ' if several else ''}{len(rows)} seed{'s' if several else ''}: a "
         f"narrow HoVer-Net ({', '.join(found['settings'])}) learns from {counts['bank']} MoNuSeg images and is asked "
-        f"about {counts['queries']} of other patients; {statistics.median(row['seconds'] for row in rows) / 2:,.0f} s a "
+        f"about {counts['queries']} of other patients; {seconds:,.0f} s a "
         f"network, {found['threads']} thread{'s' if found['threads'] > 1 else ''}. So small, it compares encoders; a "
         "whole HoVer-Net is not measured. ")
 
