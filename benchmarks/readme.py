@@ -525,6 +525,44 @@ def _newest(prefix: str) -> dict | None:
     return _read(files[-1]) if files else None
 
 
+def nuclei() -> str:
+    """The newest result file of nuclei: a table, pretrained and untrained, and how quickly they are parted."""
+    found = _newest("nuclei_")
+    if not found:
+        return "Not measured yet."
+    large, planted = found["large"], min(row["pq"] for row in found["planted"])
+    return _encoders(found) + (
+        f"Parting nuclei alone: 500 planted ellipses come back with a PQ of {planted:.3f} at least; "
+        f"{large['side']:,} x {large['side']:,} px with {large['nuclei']:,} nuclei take {large['seconds']:.0f} s, "
+        f"{large['cpu_seconds']:.0f} s of one core, and {large['peak_gb']:.1f} GB. `python benchmarks/nuclei.py`; "
+        f"{found['cpu']}, {found['cpus']} cores, load {found['load_before'][0]:.0f} to {found['load_after'][0]:.0f}, "
+        f"torch {found['versions']['torch']}, scikit-image {found['versions']['scikit-image']}, {found['date']}.")
+
+
+def _encoders(found: dict) -> str:
+    """What nuclei are found by an encoder and by the same network untrained."""
+    rows = found["tissue"]
+    if not rows:
+        return ""
+    lines = ["| encoder | PQ | AJI | Dice | F1 of detection |", "|---|---|---|---|---|"]
+    for name, figures in ((found["method"], [row["metrics"] for row in rows]),
+                          ("the same network, untrained", [row["baselines"]["random"] for row in rows])):
+        cells = []
+        for key in ("pq", "aji", "dice", "f1_detection"):
+            values = [100 * each[key] for each in figures if key in each]
+            deviation = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+            cells.append(f"{statistics.mean(values):.1f}{deviation}" if values else "")
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    counts, several = rows[0]["counts"], len(rows) > 1
+    seconds = statistics.median(row["seconds"] for row in rows) / 2
+    return "\n".join(lines) + (
+        f"\n\nIn %, {'mean ± standard deviation over ' if several else ''}{len(rows)} seed{'s' if several else ''}: a "
+        f"narrow HoVer-Net ({', '.join(found['settings'])}) learns from {counts['bank']} MoNuSeg images and is asked "
+        f"about {counts['queries']} of other patients; {seconds:,.0f} s a "
+        f"network, {found['threads']} thread{'s' if found['threads'] > 1 else ''}. So small, it compares encoders; a "
+        "whole HoVer-Net is not measured. ")
+
+
 def _files(prefix: str) -> list[Path]:
     return sorted(RESULTS.glob(f"{prefix}*.json"))
 
@@ -533,7 +571,8 @@ def _read(path: Path) -> dict:
     return json.loads(path.read_text())
 
 
-PAGES = {"README.md": {"demo": demo, "learn": learn, "worth": worth, "mil": mil, "segment": segment, "tree": tree},
+PAGES = {"README.md": {"demo": demo, "learn": learn, "worth": worth, "mil": mil,
+                       "segment": segment, "nuclei": nuclei, "tree": tree},
          "docs/gigassl.md": {"gigassl": gigassl},
          "docs/measured.md": {"data": data, "stream": stream, "train": train, "start": start, "features": extract,
                               "embed": embed, "safety": safety, "kills": kills, "shard": shard}}

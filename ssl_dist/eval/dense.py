@@ -6,6 +6,7 @@ maps (the encoder, the same network untrained, others) learns from the same wind
 B windows   S pixels a side   R regions   K channels of what is said
 """
 
+import itertools
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -208,18 +209,21 @@ def rehearse(settings: PixelWise, build: Callable[[Encoder, Halves], nn.Module])
             "out": str(settings.home), "warnings": [*known.remarks, *_doubts(settings, known, None)]}
 
 
-def compare(settings: PixelWise, known: Halves, judge: Judge, progress: Progress, device: torch.device,
+def compare(settings: PixelWise, known: Halves, judge: Judge, progress: Progress, device: torch.device, threads: int,
             asked: dict[str, Any]) -> dict[str, Any]:
     """The encoder and every baseline at every share of the labels; the result, not yet written, and its file."""
     names = list(dict.fromkeys(["encoder", *settings.baselines]))
     shares = sorted(set(settings.shares))
     found: dict[str, dict[float, Judged]] = {name: {} for name in names}
-    for name in names:
-        for share in shares:
-            bank = shared(known.bank, share, settings.seed)
-            kept = name == "encoder" and share == shares[-1]
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for name, share in itertools.product(names, shares):
             what = name if len(shares) == 1 else f"{name}, {share:.0%}"
-            found[name][share] = judge(name, bank, kept, partial(progress, what))
+            found[name][share] = judge(name, shared(known.bank, share, settings.seed),
+                                       name == "encoder" and share == shares[-1], partial(progress, what))
+    finally:
+        torch.set_num_threads(before)
     own = {name: each[shares[-1]] for name, each in found.items()}
     groups = np.array([each.patient or each.name for each in known.query])
     drawn = intervals.drawings(groups, settings.seed)
@@ -234,7 +238,7 @@ def compare(settings: PixelWise, known: Halves, judge: Judge, progress: Progress
         "shards": [], "metrics": figures["encoder"], "intervals": intervals.intervals(own["encoder"].measure, drawn),
         "baselines": {name: figures[name] for name in names[1:]},
         "against": {name: intervals.compared(own["encoder"].measure, own[name].measure, drawn) for name in names[1:]},
-        "counts": {"bank": len(known.bank), "queries": len(known.query), "shared_patients": 0,
+        "counts": {"of": "regions", "bank": len(known.bank), "queries": len(known.query), "shared_patients": 0,
                    "bank_patients": len({each.patient for each in known.bank} - {protocol.UNKNOWN}),
                    "query_patients": len({each.patient for each in known.query} - {protocol.UNKNOWN}),
                    "unknown_patients": sum(not each.patient for each in (*known.bank, *known.query))},

@@ -62,7 +62,7 @@ def run(settings: Nuclei, device: torch.device, threads: int, progress: Progress
             "confusion": matched.tolist() if classes else []})
 
     rules = {"window": settings.window, "margin": settings.margin}
-    result = dense.compare(settings, known, judged, progress, device, rules)
+    result = dense.compare(settings, known, judged, progress, device, threads, rules)
     path = protocol.place(out, settings.protocol, result)
     pictures, captions = _draw(settings, known, drawn, result, path)
     return dense.written(result | {"pictures": pictures, "captions": captions, "network": "nuclei-network"}, path)

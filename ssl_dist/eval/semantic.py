@@ -58,8 +58,8 @@ def run(settings: Semantic, device: torch.device, threads: int, progress: Progre
         return Judged(measured(np.array(counts), classes), curve, {
                 "confusion": np.sum(counts, axis=0).astype(int).tolist()})
 
-    result = dense.compare(settings, known, judged, progress, device, {"window": settings.window,
-                                                                        "margin": settings.margin})
+    rules = {"window": settings.window, "margin": settings.margin}
+    result = dense.compare(settings, known, judged, progress, device, threads, rules)
     path = protocol.place(out, settings.protocol, result)
     pictures, captions = [], {}
     for region, image_HW3, truth_HW, guess_HW in shown:

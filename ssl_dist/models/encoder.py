@@ -90,14 +90,21 @@ class Encoder(nn.Module):
     def levels(self) -> list[tuple[int, int]]:
         """Channels, and how many pixels of a tile lie between two columns, of what `pyramid` gives: fine to coarse."""
         network = cast(Any, self.network)
-        if hasattr(network, "blocks") and hasattr(network, "patch_embed"):
+        if self._plain:
             patch = int(network.patch_embed.patch_size[0])
             return [(int(network.embed_dim), max(1, round(patch * scale))) for scale in SCALES]
-        if not hasattr(network, "forward_intermediates") or len(getattr(network, "feature_info", [])) < 2:
-            raise EncoderError(f"{self.name} shows no maps on its way (timm's forward_intermediates): pixels are "
-                               "judged by ResNets, ViTs and others that do")
-        found = [(int(each["num_chs"]), int(each["reduction"]) // self._finer) for each in network.feature_info]
-        return [each for each in found if each[1]]
+        told = getattr(network, "feature_info", [])
+        found = [(int(each["num_chs"]), int(each["reduction"]) // self._finer) for each in told]
+        steps = [step for _, step in found if step]
+        if not hasattr(network, "forward_intermediates") or len(steps) < 2 or sorted({*steps}) != steps:
+            raise EncoderError(f"{self.name} makes no maps that become coarser on its way (timm's "
+                               "forward_intermediates): pixels are judged by ResNets, ViTs and others that do")
+        return found[-len(steps):]
+
+    @property
+    def _plain(self) -> bool:
+        """Whether it is a ViT, whose maps are all of one size."""
+        return hasattr(self.network, "blocks") and hasattr(self.network, "patch_embed")
 
     def pyramid(self, pixels_BHW3: Tensor) -> list[Tensor]:
         """The maps (B, channels, h, w) that a network makes on its way, as many as `levels` says.
@@ -107,7 +114,7 @@ class Encoder(nn.Module):
         levels, network = self.levels(), cast(Any, self.network)
         pixels_B3HW = pixels_BHW3.permute(0, 3, 1, 2).to(self._mean_C.dtype)
         pixels_B3HW = (pixels_B3HW - self._mean_C) / self._std_C
-        if not hasattr(network, "patch_embed"):
+        if not self._plain:
             return network.forward_intermediates(pixels_B3HW, intermediates_only=True)[-len(levels):]
         depth = len(network.blocks)
         taken = [depth * (part + 1) // len(SCALES) - 1 for part in range(len(SCALES))]

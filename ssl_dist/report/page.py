@@ -488,6 +488,7 @@ def short(value: float | None) -> str:
 def tally(counts: dict[str, Any]) -> list[str]:
     """What was learnt from and asked about, in words; whatever else was counted as it was found."""
     left, said = dict(counts), []
+    what = collect.text(left.pop("of", None)) or "tiles"
     for name, patients, verb in (
         ("bank", "bank_patients", "to learn from"),
         ("queries", "query_patients", "asked about"),
@@ -495,7 +496,7 @@ def tally(counts: dict[str, Any]) -> list[str]:
         if collect.whole(left.get(name)):
             known = collect.whole(left.pop(patients, None))
             of = "" if known is None else f" of {known:,} patient{'s' * (known > 1)}" if known else ", patients unknown"
-            said.append(f"{count(left.pop(name))} tiles {verb}{of}")
+            said.append(f"{count(left.pop(name))} {what} {verb}{of}")
     nothing = ("shared_patients",) if not left.get("shared_patients") else ()
     known_by_warning = ("unknown_patients",) if said else ()
     rest = {name: value for name, value in left.items() if name not in (*nothing, *known_by_warning)}
