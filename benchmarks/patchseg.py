@@ -69,7 +69,8 @@ def trained(recipe: str, seed: int, shards: Path, folder: Path) -> dict[str, Any
 
 
 def draw(results: dict[int, dict[str, Any]]) -> Any:
-    """Separation over a run, and Dice of its checkpoints, a colour a seed."""
+    """Separation over a run; Dice of its checkpoints on the training regions and, in a square, of the one that was
+    chosen without labels on the regions asked about; a colour a seed."""
     figure, (left, right) = measure.plt.subplots(1, 2, figsize=(11, 3.8), layout="constrained")
     for number, (seed, result) in enumerate(results.items()):
         rows = [row for row in result["curves"]["encoder"] if row["class"] == result["class"]]
@@ -77,9 +78,8 @@ def draw(results: dict[int, dict[str, Any]]) -> Any:
         left.plot(result["training"]["step"], result["training"]["separation"], color=f"C{number}", lw=0.6, alpha=0.5)
         left.plot(steps, [row["separation"] for row in rows], color=f"C{number}", marker="o", ms=3,
                   label=f"seed {seed}")
-        right.plot(steps, [100 * row["dice"] for row in rows], color=f"C{number}", marker="o", ms=3)
-        chosen = next(row for row in rows if row["step"] == result["step"])
-        right.plot(chosen["step"], 100 * chosen["dice"], color=f"C{number}", marker="s", ms=8, mfc="none")
+        right.plot(steps, [100 * row["dice_bank"] for row in rows], color=f"C{number}", marker="o", ms=3)
+        right.plot(result["step"], 100 * result["metrics"]["dice"], color=f"C{number}", marker="s", ms=8, mfc="none")
     first = next(iter(results.values()))["baselines"]
     for name, words, style in (("otsu", "Otsu, haematoxylin", "--"), ("grey", "best level of grey", ":")):
         right.axhline(100 * first[name]["dice"], color="0.3", lw=1, ls=style, label=words)
