@@ -135,17 +135,28 @@ def look(step: int, number: int, separation: float, stain: float, bank: float) -
     return Look(step, number, separation, stain, bank)
 
 
-def test_without_labels_the_first_flat_step_of_the_chosen_class_is_taken() -> None:
-    looks = [look(step, number, separation, stain, bank)
-             for number, (stain, curve) in enumerate([(0.9, (0.1, 0.39, 0.4, 0.38)), (0.1, (0.2, 0.3, 0.5, 0.6))])
-             for step, separation, bank in zip((10, 20, 30, 40), curve, (0.1, 0.2, 0.9, 0.3), strict=True)]
-    chosen = segment.without_labels(looks, "haematoxylin")
+def test_without_labels_the_first_checkpoint_is_taken_from_which_the_chosen_class_is_flat() -> None:
+    looks = [look(step, number, (0.4, 0.6)[number], (0.9, 0.1)[number], bank)
+             for number in (0, 1) for step, bank in zip((10, 20, 30, 40), (0.1, 0.2, 0.9, 0.3), strict=True)]
+    steps = np.arange(1, 41)
+    curve = steps, np.stack([np.minimum(steps / 16, 1), steps / 40])
+    chosen = segment.without_labels(looks, "haematoxylin", curve)
     assert (chosen.number, chosen.step) == (0, 20)
-    assert [segment.without_labels(looks, "separation").number, segment.without_labels(looks, "separation").step] == [
-        1, 40]
+    later = segment.without_labels(looks, "separation", curve)
+    assert (later.number, later.step) == (1, 40)
     for each in looks:          # labels decide nothing
         each.bank = -each.bank
-    assert segment.without_labels(looks, "haematoxylin") is chosen
+    assert segment.without_labels(looks, "haematoxylin", curve) is chosen
+    assert segment.without_labels(looks, "haematoxylin").step == 40, "without a curve, the last"
+
+
+def test_a_curve_is_flat_from_where_the_mean_of_some_rows_is_nearly_its_largest() -> None:
+    values = np.concatenate([np.linspace(0, 1, 50), np.ones(50)])
+    noisy = values + np.random.default_rng(0).normal(0, 0.1, 100)
+    means = [values[max(0, row - 19):row + 1].mean() for row in range(100)]
+    expected = next(row for row in range(19, 100) if means[row] >= 0.95)
+    assert segment.flat_from(np.arange(100), values) == expected
+    assert abs(segment.flat_from(np.arange(100), noisy) - expected) < 10
 
 
 # ---- files

@@ -9,6 +9,7 @@ C classes   H, W pixels   K patches of a region   R regions asked about
 """
 
 import functools
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,11 +32,13 @@ from ssl_dist.models.fcnn import lifted
 from ssl_dist.models.patches import Grid, entropy, histograms, separation
 
 FLAT = 0.95             # of the largest separation: from there on it is held to be flat
+SMOOTH = 0.2            # of a run's rows, whose mean is looked at: a row is of few patches
 DRAWN = 32              # patches of a region and class, by which separation is found
 WEIGHTS = "encoder.network."    # how a checkpoint's names of the network begin
 
 
 Known = tuple[np.ndarray, np.ndarray]       # a picture (H, W, 3), and where something is (H, W)
+Curve = tuple[np.ndarray, np.ndarray]       # steps, and what was logged at each, a row a class
 
 
 @dataclass
@@ -97,7 +100,8 @@ def run(settings: Segment, device: torch.device, threads: int, progress: Progres
     torch.manual_seed(settings.seed)
     network = encoders.build(settings.encoder).eval().to(device)
     untrained = looked_at(network, 0, bank, grid, ink, functools.partial(progress, "untrained"))
-    own, best, chance = (without_labels(looks, settings.choose), max(looks, key=lambda look: look.bank),
+    curve = _curve(settings, network.classes())
+    own, best, chance = (without_labels(looks, settings.choose, curve), max(looks, key=lambda look: look.bank),
                          without_labels(untrained, settings.choose))
     dice_R2, best_R2 = (asked(_loaded(settings, checkpoints[look.step]).to(device), look.number, query)
                         for look in (own, best))
@@ -171,15 +175,35 @@ def looked_at(encoder: Encoder, step: int, bank: list[Known], grid: Grid, ink: b
             for number in range(classes)]
 
 
-def without_labels(looks: list[Look], choose: str) -> Look:
-    """The class that in the end is furthest from what is not of it, or goes best with haematoxylin, at the first step
-    at which its separation is flat."""
+def without_labels(looks: list[Look], choose: str, curve: Curve | None = None) -> Look:
+    """The class that in the end is furthest from what is not of it, or goes best with haematoxylin; at the first
+    checkpoint after its separation in training (`curve`: steps, and a row of values a class) has become flat."""
     last = max(look.step for look in looks)
     number = max((look for look in looks if look.step == last),
                  key=lambda look: look.separation if choose == "separation" else look.stain).number
     own = sorted((look for look in looks if look.number == number), key=lambda look: look.step)
-    largest = max(look.separation for look in own)
-    return next(look for look in own if look.separation >= FLAT * largest or look is own[-1])
+    since = last if curve is None else flat_from(curve[0], curve[1][number])
+    return next(look for look in own if look.step >= since or look is own[-1])
+
+
+def flat_from(steps: np.ndarray, values: np.ndarray) -> int:
+    """The first step at which the mean of the rows before it, so many as are a part of all, is nearly the largest."""
+    rows = max(1, round(SMOOTH * len(values)))
+    sums = np.concatenate([[0.0], np.cumsum(values)])
+    means = (sums[rows:] - sums[:-rows]) / rows
+    return int(steps[rows - 1:][means >= FLAT * means.max()][0])
+
+
+def _curve(settings: Segment, classes: int) -> Curve | None:
+    """What the run has logged of separation; nothing of an encoder that lies in none."""
+    home = _run(settings)
+    if home is None or not (home / "metrics.jsonl").is_file():
+        return None
+    rows = {row["step"]: row for row in map(json.loads, (home / "metrics.jsonl").read_text().splitlines())}
+    names = [f"separation_{number}" for number in range(classes)] if classes > 1 else ["separation"]
+    kept = [rows[step] for step in sorted(rows) if all(name in rows[step] for name in names)]
+    return (np.array([row["step"] for row in kept]), np.array([[row[name] for row in kept] for name in names])) \
+        if kept else None
 
 
 def _drawn(picture_HW3: np.ndarray, maps_CHW: np.ndarray, grid: Grid, ink: bool,
