@@ -29,7 +29,7 @@ from ssl_dist.eval.settings import Segment
 REGIONS = measure.DATA / "monuseg2018" / "train"
 PICTURE = Path(__file__).resolve().parent.parent / "docs" / "segmentation.png"
 KEPT = ("metrics", "intervals", "baselines", "against", "counts", "curves", "by_region", "regions", "step", "class",
-        "chosen_by", "warnings", "asked")
+        "chosen_by", "warnings")
 
 
 def spent() -> float:
