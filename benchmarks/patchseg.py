@@ -20,22 +20,16 @@ from typing import Any
 
 import learn
 import measure
-import numpy as np
 import readme
 import yaml
-from scipy import ndimage
 
-from shards import synthetic
-from shards.slide import Slide
-from ssl_dist.eval import blobs, pieces, qupath, segment
+from ssl_dist.eval import segment
 from ssl_dist.eval.settings import Segment
-from ssl_dist.models import encoder as encoders
 
 REGIONS = measure.DATA / "monuseg2018" / "train"
 PICTURE = Path(__file__).resolve().parent.parent / "docs" / "segmentation.png"
-PAINTED, SHOWN = 6, 400         # slides, and pixels of the last one that are shown
 KEPT = ("metrics", "intervals", "baselines", "against", "counts", "curves", "by_region", "regions", "step", "class",
-        "chosen_by", "warnings", "asked")
+        "chosen_by", "warnings")
 
 
 def spent() -> float:
@@ -69,7 +63,8 @@ def trained(recipe: str, seed: int, shards: Path, folder: Path) -> dict[str, Any
 
 
 def draw(results: dict[int, dict[str, Any]]) -> Any:
-    """Separation over a run, and Dice of its checkpoints, a colour a seed."""
+    """Separation over a run; Dice of its checkpoints on the training regions and, in a square, of the one that was
+    chosen without labels on the regions asked about; a colour a seed."""
     figure, (left, right) = measure.plt.subplots(1, 2, figsize=(11, 3.8), layout="constrained")
     for number, (seed, result) in enumerate(results.items()):
         rows = [row for row in result["curves"]["encoder"] if row["class"] == result["class"]]
@@ -77,9 +72,8 @@ def draw(results: dict[int, dict[str, Any]]) -> Any:
         left.plot(result["training"]["step"], result["training"]["separation"], color=f"C{number}", lw=0.6, alpha=0.5)
         left.plot(steps, [row["separation"] for row in rows], color=f"C{number}", marker="o", ms=3,
                   label=f"seed {seed}")
-        right.plot(steps, [100 * row["dice"] for row in rows], color=f"C{number}", marker="o", ms=3)
-        chosen = next(row for row in rows if row["step"] == result["step"])
-        right.plot(chosen["step"], 100 * chosen["dice"], color=f"C{number}", marker="s", ms=8, mfc="none")
+        right.plot(steps, [100 * row["dice_bank"] for row in rows], color=f"C{number}", marker="o", ms=3)
+        right.plot(result["step"], 100 * result["metrics"]["dice"], color=f"C{number}", marker="s", ms=8, mfc="none")
     first = next(iter(results.values()))["baselines"]
     for name, words, style in (("otsu", "Otsu, haematoxylin", "--"), ("grey", "best level of grey", ":")):
         right.axhline(100 * first[name]["dice"], color="0.3", lw=1, ls=style, label=words)
@@ -91,46 +85,16 @@ def draw(results: dict[int, dict[str, Any]]) -> Any:
     return figure
 
 
-def painted(recipe: str, folder: Path) -> Any:
-    """A picture that may be shown: a piece of a painted slide, and what a network that learnt from others finds."""
-    slides, shards, run = folder / "slides", folder / "painted", folder / "painted-run"
-    synthetic.write_cohort(slides, patients=PAINTED, size=2048, mpp=0.25, seed=0, test_patients=0,
-                           workers=measure.CORES)
-    *_, asked = sorted(slides.glob("*.svs"))
-    learn.ssl_dist("shard", "shards/slides", f"source={slides}", f"out={shards}", "dataset=painted", "size=1000",
-                   "mpp=0.25", f"skip={asked.stem}", "quality=100")
-    learn.ssl_dist("train", f"pretrain/{recipe}", f"run={run}", f"data.shards=[{shards}]", "device=cpu",
-                   "log.pictures=0")
-    with Slide(asked) as slide:
-        piece = slide.region(slide.width // 3, slide.height // 3, (SHOWN, SHOWN), 0.25)
-    maps = pieces.whole(encoders.load(run / "encoder").eval(), piece)
-    stain = blobs.haematoxylin(piece)
-    sure = max(maps, key=lambda each: float(np.corrcoef(each.ravel(), stain.ravel())[0, 1]))
-    figure, axes = measure.plt.subplots(1, 3, figsize=(11, 3.9), layout="constrained")
-    found = piece.copy()
-    found[qupath.rims(ndimage.label(blobs.cleaned(sure > blobs.SURE))[0])] = (255, 230, 0)
-    for axis, picture, words in zip(axes, (piece, sure, found), ("painted tissue", "confidence", "what is there"),
-                                    strict=True):
-        axis.imshow(picture, cmap="magma", vmin=0, vmax=255 if picture.ndim == 3 else 1, interpolation="nearest")
-        axis.set_title(words, fontsize=10, loc="left")
-        axis.set_axis_off()
-    return figure
-
-
 def main() -> None:
     """Every seed that was asked for, one after the other."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--recipe", default="patchseg_small")
-    parser.add_argument("--painted", action="store_true", help="only the picture of painted tissue, for the docs")
     parser.add_argument("--keep", type=Path, help="a folder for the runs; without it they go when the benchmark ends")
     told = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         folder = told.keep or Path(scratch)
         folder.mkdir(parents=True, exist_ok=True)
-        if told.painted:
-            painted(told.recipe, folder).savefig(PICTURE.with_stem("segmentation_painted"), dpi=110)
-            return
         shards = folder / "monuseg"
         learn.ssl_dist("shard", "shards/regions", f"source={REGIONS / 'images'}", f"out={shards}", "dataset=monuseg")
         for seed in told.seeds:

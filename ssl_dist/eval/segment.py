@@ -9,7 +9,8 @@ C classes   H, W pixels   K patches of a region   R regions asked about
 """
 
 import functools
-from collections.abc import Iterator
+import json
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,8 +32,13 @@ from ssl_dist.models.fcnn import lifted
 from ssl_dist.models.patches import Grid, entropy, histograms, separation
 
 FLAT = 0.95             # of the largest separation: from there on it is held to be flat
+SMOOTH = 0.2            # of a run's rows, whose mean is looked at: a row is of few patches
 DRAWN = 32              # patches of a region and class, by which separation is found
 WEIGHTS = "encoder.network."    # how a checkpoint's names of the network begin
+
+
+Known = tuple[np.ndarray, np.ndarray]       # a picture (H, W, 3), and where something is (H, W)
+Curve = tuple[np.ndarray, np.ndarray]       # steps, and what was logged at each, a row a class
 
 
 @dataclass
@@ -43,15 +49,12 @@ class Look:
     number: int                 # of the class
     separation: float           # of the bank's patches; no label is used
     stain: float                # how its map goes with haematoxylin, over the bank; no label is used
-    bank: float                 # Dice
-    query_R: np.ndarray         # Dice, cleaned
-    raw: float                  # Dice of the query, not cleaned
+    bank: float                 # Dice of the bank
 
     def row(self) -> dict[str, Any]:
         """For a result."""
         return {"step": self.step, "class": self.number, "separation": round(self.separation, 4),
-                "haematoxylin": round(self.stain, 4), "dice_bank": round(self.bank, 4),
-                "dice": round(float(self.query_R.mean()), 4), "dice_before_cleaning": round(self.raw, 4)}
+                "haematoxylin": round(self.stain, 4), "dice_bank": round(self.bank, 4)}
 
 
 @dataclass
@@ -91,15 +94,20 @@ def run(settings: Segment, device: torch.device, threads: int, progress: Progres
     grid, ink = _seen_as(settings)
     bank, query = [_read(each, settings.glance) for each in known.bank], [_read(each) for each in known.query]
     looks: list[Look] = []
-    for step, weights in _checkpoints(settings):
-        encoder = _loaded(settings, weights).to(device)
-        looks += looked_at(encoder, step, bank, query, grid, ink, functools.partial(progress, f"step {step}"))
+    for step, weights in (checkpoints := dict(_checkpoints(settings))).items():
+        looks += looked_at(_loaded(settings, weights).to(device), step, bank, grid, ink,
+                           functools.partial(progress, f"step {step}"))
     torch.manual_seed(settings.seed)
-    untrained = looked_at(encoders.build(settings.encoder).eval().to(device), 0, bank, query, grid, ink,
-                          functools.partial(progress, "untrained"))
-    own, best = without_labels(looks, settings.choose), max(looks, key=lambda look: look.bank)
-    found = {"by_labels": best.query_R, "random": without_labels(untrained, settings.choose).query_R}
-    facts: dict[str, dict[str, Any]] = {"by_labels": {"step": best.step, "class": best.number}, "random": {}}
+    network = encoders.build(settings.encoder).eval().to(device)
+    untrained = looked_at(network, 0, bank, grid, ink, functools.partial(progress, "untrained"))
+    curve = _curve(settings, network.classes())
+    own, best, chance = (without_labels(looks, settings.choose, curve), max(looks, key=lambda look: look.bank),
+                         without_labels(untrained, settings.choose))
+    dice_R2, best_R2 = (asked(_loaded(settings, checkpoints[look.step]).to(device), look.number, query)
+                        for look in (own, best))
+    found = {"by_labels": best_R2[:, 0], "random": asked(network, chance.number, query)[:, 0]}
+    facts: dict[str, dict[str, Any]] = {
+        "by_labels": {"step": best.step, "class": best.number}, "random": {"class": chance.number}}
     for kind in ("otsu", "grey"):
         threshold = blobs.Threshold(kind, bank)
         found[kind] = np.array([blobs.dice(threshold(picture), true) for picture, true in query])
@@ -112,14 +120,16 @@ def run(settings: Segment, device: torch.device, threads: int, progress: Progres
         "protocol": settings.protocol, "size": 0, "step": own.step, "class": own.number, "chosen_by": settings.choose,
         "encoder": {"path": settings.encoder, "architecture": encoders.build(settings.encoder).name,
                     "sha256": encoders.digest(settings.encoder)},
-        "shards": [], "metrics": {**protocol.figures(_mean(own.query_R)), "dice_before_cleaning": round(own.raw, 4)},
-        "intervals": intervals.intervals(_mean(own.query_R), drawn),
+        "shards": [], "metrics": {**protocol.figures(_mean(dice_R2[:, 0])),
+                                  "dice_before_cleaning": round(float(dice_R2[:, 1].mean()), 4)},
+        "intervals": intervals.intervals(_mean(dice_R2[:, 0]), drawn),
         "baselines": {name: {**protocol.figures(measure), **facts[name]} for name, measure in measures.items()},
-        "against": {name: intervals.compared(_mean(own.query_R), measure, drawn) for name, measure in measures.items()},
+        "against": {name: intervals.compared(_mean(dice_R2[:, 0]), measure, drawn)
+                    for name, measure in measures.items()},
         "counts": {"bank": len(bank), "queries": len(query), "shared_patients": 0},
         "curves": {"encoder": [look.row() for look in looks], "random": [look.row() for look in untrained]},
         "by_region": {name: [round(float(value), 4) for value in each]
-                      for name, each in {"encoder": own.query_R, **found}.items()},
+                      for name, each in {"encoder": dice_R2[:, 0], **found}.items()},
         "regions": [each.name for each in known.query], "classes": [], "warnings": _doubts(known, seen), "pictures": [],
         "seen_in_pretraining": seen, "seen_by_baselines": {},
         "asked": {"regions": str(settings.regions), "form": settings.form, "every": settings.every},
@@ -130,7 +140,7 @@ def run(settings: Segment, device: torch.device, threads: int, progress: Progres
     return result
 
 
-def _read(region: Region, glance: int = 0) -> tuple[np.ndarray, np.ndarray]:
+def _read(region: Region, glance: int = 0) -> Known:
     """A region and what is true of it, or its middle."""
     found = region.read()
     own = tuple(slice(max(0, (side - glance) // 2), max(0, (side - glance) // 2) + glance) if glance else slice(None)
@@ -138,9 +148,15 @@ def _read(region: Region, glance: int = 0) -> tuple[np.ndarray, np.ndarray]:
     return found.image_HW3[own], found.instances_HW[own] > 0
 
 
-def looked_at(encoder: Encoder, step: int, bank: list[tuple[np.ndarray, np.ndarray]],
-              query: list[tuple[np.ndarray, np.ndarray]], grid: Grid, ink: bool,
-              progress: Any = lambda *_: None) -> list[Look]:
+def asked(encoder: Encoder, number: int, query: list[Known]) -> np.ndarray:
+    """Dice (R, 2) of a class's maps, cleaned and as they are."""
+    maps = [(pieces.whole(encoder, picture_HW3)[number] > blobs.SURE, true_HW) for picture_HW3, true_HW in query]
+    return np.array([(blobs.dice(blobs.cleaned(there_HW), true_HW), blobs.dice(there_HW, true_HW))
+                     for there_HW, true_HW in maps])
+
+
+def looked_at(encoder: Encoder, step: int, bank: list[Known], grid: Grid, ink: bool,
+              progress: Callable[[int, int], None] = lambda *_: None) -> list[Look]:
     """A look at each class of a network's maps."""
     classes, rng = encoder.classes(), np.random.default_rng(0)
     seen, sure, stains, dices = [], [], [], []
@@ -152,29 +168,42 @@ def looked_at(encoder: Encoder, step: int, bank: list[tuple[np.ndarray, np.ndarr
         patches_CK3PP, sure_CK = _drawn(picture_HW3, maps_CHW, grid, ink, rng)
         seen.append(patches_CK3PP)
         sure.append(sure_CK)
-        progress(number + 1, len(bank) + len(query))
-    asked = []
-    for number, (picture_HW3, true_HW) in enumerate(query, len(bank)):
-        maps_CHW = pieces.whole(encoder, picture_HW3)
-        asked.append([(blobs.dice(blobs.cleaned(each > blobs.SURE), true_HW), blobs.dice(each > blobs.SURE, true_HW))
-                      for each in maps_CHW])
-        progress(number + 1, len(bank) + len(query))
-    query_RC2 = np.array(asked)
+        progress(number + 1, len(bank))
     return [Look(step, number, _apart(torch.cat([each[number] for each in seen]),
                                       torch.cat([each[number] for each in sure])),
-                 float(np.mean([each[number] for each in stains])), float(np.mean([each[number] for each in dices])),
-                 query_RC2[:, number, 0], float(query_RC2[:, number, 1].mean())) for number in range(classes)]
+                 float(np.mean([each[number] for each in stains])), float(np.mean([each[number] for each in dices])))
+            for number in range(classes)]
 
 
-def without_labels(looks: list[Look], choose: str) -> Look:
-    """The class that in the end is furthest from what is not of it, or goes best with haematoxylin, at the first step
-    at which its separation is flat."""
+def without_labels(looks: list[Look], choose: str, curve: Curve | None = None) -> Look:
+    """The class that in the end is furthest from what is not of it, or goes best with haematoxylin; at the first
+    checkpoint after its separation in training (`curve`: steps, and a row of values a class) has become flat."""
     last = max(look.step for look in looks)
     number = max((look for look in looks if look.step == last),
                  key=lambda look: look.separation if choose == "separation" else look.stain).number
     own = sorted((look for look in looks if look.number == number), key=lambda look: look.step)
-    largest = max(look.separation for look in own)
-    return next(look for look in own if look.separation >= FLAT * largest or look is own[-1])
+    since = last if curve is None else flat_from(curve[0], curve[1][number])
+    return next(look for look in own if look.step >= since or look is own[-1])
+
+
+def flat_from(steps: np.ndarray, values: np.ndarray) -> int:
+    """The first step at which the mean of the rows before it, so many as are a part of all, is nearly the largest."""
+    rows = max(1, round(SMOOTH * len(values)))
+    sums = np.concatenate([[0.0], np.cumsum(values)])
+    means = (sums[rows:] - sums[:-rows]) / rows
+    return int(steps[rows - 1:][means >= FLAT * means.max()][0])
+
+
+def _curve(settings: Segment, classes: int) -> Curve | None:
+    """What the run has logged of separation; nothing of an encoder that lies in none."""
+    home = _run(settings)
+    if home is None or not (home / "metrics.jsonl").is_file():
+        return None
+    rows = {row["step"]: row for row in map(json.loads, (home / "metrics.jsonl").read_text().splitlines())}
+    names = [f"separation_{number}" for number in range(classes)] if classes > 1 else ["separation"]
+    kept = [rows[step] for step in sorted(rows) if all(name in rows[step] for name in names)]
+    return (np.array([row["step"] for row in kept]), np.array([[row[name] for row in kept] for name in names])) \
+        if kept else None
 
 
 def _drawn(picture_HW3: np.ndarray, maps_CHW: np.ndarray, grid: Grid, ink: bool,

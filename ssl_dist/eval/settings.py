@@ -483,7 +483,7 @@ class Segment(Protocol):
     every: int = field(default=5, metadata={"range": (2, 10**6), "help": "which patients are asked about: every so "
                                             "manieth by name; the outlines of others choose thresholds, and what "
                                             "stands beside the choice without labels"})
-    glance: int = field(default=500, metadata={"range": (64, 10**6), "help": "pixels of the middle of a region, by "
+    glance: int = field(default=400, metadata={"range": (64, 10**6), "help": "pixels of the middle of a region, by "
                                                "which is chosen; those asked about are looked at whole"})
     choose: str = field(default="separation", metadata={
         "choices": ("separation", "haematoxylin"), "help": "which of several classes, without labels: the one that is "
