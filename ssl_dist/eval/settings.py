@@ -260,7 +260,8 @@ class SlideEmbed(Protocol):
                                                          "encoder and stage that the slide encoder learnt on"})
     views: int = field(default=100, metadata={"range": (1, 10**6), "help": "of each slide, of which the mean is taken"})
     tiles: int = field(default=5, metadata={"range": (1, 10**6), "help": "of a view"})
-    batch: int = field(default=256, metadata={"range": (1, 10**6), "help": "views looked at together"})
+    batch: int = field(default=256, metadata={"range": (1, 10**6), "help": "views looked at together, of "
+                                              "several slides where one has fewer"})
 
     @property
     def beside(self) -> Path:

@@ -44,15 +44,9 @@ def run(settings: SlideEmbed, device: torch.device, threads: int, progress: Prog
     torch.set_num_threads(threads)
     out = folder.make(settings.home)
     found = []
-    for row, slide in enumerate(bags.slides):
-        bag = bags[row]
-        place_VT = np.stack(list(views(len(bag.features_ND), settings.tiles, settings.views, settings.seed, slide)))
-        with torch.inference_mode():
-            vector_VD = torch.cat([network.of_views(
-                *(torch.from_numpy(each[part_VT]).to(device) for each in (bag.features_ND, bag.cell_N2)))
-                for part_VT in np.split(place_VT, range(settings.batch, len(place_VT), settings.batch))])
-        found.append(F.normalize(vector_VD.double().mean(dim=0), dim=0).float().cpu().numpy())
-        progress("slides", row + 1, len(bags))
+    for vector_D in vectors(network, bags, settings, device):
+        found.append(vector_D)
+        progress("slides", len(found), len(bags))
     vectors_SD, sha256 = np.stack(found), encoders.digest(settings.encoder)
     _write(out / "slides.parquet", bags, vectors_SD, sha256)
     result: dict[str, Any] = {
@@ -65,6 +59,33 @@ def run(settings: SlideEmbed, device: torch.device, threads: int, progress: Prog
         "warnings": _doubts(bags), "seed": settings.seed, "written": str(out / "slide_embed.json")}
     folder.write_json(out / "slide_embed.json", result)
     return result
+
+
+def vectors(network: SlideEncoder, bags: Bags, settings: SlideEmbed, device: torch.device) -> Iterator[np.ndarray]:
+    """The vector (D,) of each slide in turn; views of several slides are looked at together, about `batch` of them."""
+    waiting: list[tuple[int, np.ndarray, np.ndarray, np.ndarray]] = []     # of a slide: views; of tiles vector, cell, view
+
+    def looked() -> Iterator[np.ndarray]:
+        many = [count for count, *_ in waiting]
+        first = np.cumsum([0, *many[:-1]])
+        owner_T = np.concatenate([own + start for (*_, own), start in zip(waiting, first, strict=True)])
+        with torch.inference_mode():
+            vector_VD = network(*(torch.from_numpy(each).to(device) for each in (
+                *(np.concatenate([one[place] for one in waiting]) for place in (1, 2)), owner_T)), sum(many))
+        for part_VD in vector_VD.split(many):
+            yield F.normalize(part_VD.double().mean(dim=0), dim=0).float().cpu().numpy()
+        waiting.clear()
+
+    for row, slide in enumerate(bags.slides):
+        bag = bags[row]
+        drawn = list(views(len(bag.features_ND), settings.tiles, settings.views, settings.seed, slide))
+        place_T = np.concatenate(drawn)
+        waiting.append((len(drawn), bag.features_ND[place_T], bag.cell_N2[place_T],
+                        np.repeat(np.arange(len(drawn)), [len(each) for each in drawn])))
+        if sum(count for count, *_ in waiting) >= settings.batch:
+            yield from looked()
+    if waiting:
+        yield from looked()
 
 
 def views(count: int, tiles: int, many: int, seed: int, slide: str) -> Iterator[np.ndarray]:
