@@ -8,7 +8,10 @@ N tiles of a slide   V views of it   T tiles of a view   D width of a slide's ve
 
 import hashlib
 import io
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -41,10 +44,9 @@ def run(settings: SlideEmbed, device: torch.device, threads: int, progress: Prog
     """Computes, writes slides.parquet, and says what was written."""
     bags = _bags(settings)
     network = cast(SlideEncoder, own.load(settings.encoder)).eval().to(device)
-    torch.set_num_threads(threads)
     out = folder.make(settings.home)
     found = []
-    for vector_D in vectors(network, bags, settings, device):
+    for vector_D in vectors(network, bags, settings, device, threads):
         found.append(vector_D)
         progress("slides", len(found), len(bags))
     vectors_SD, sha256 = np.stack(found), encoders.digest(settings.encoder)
@@ -61,31 +63,55 @@ def run(settings: SlideEmbed, device: torch.device, threads: int, progress: Prog
     return result
 
 
-def vectors(network: SlideEncoder, bags: Bags, settings: SlideEmbed, device: torch.device) -> Iterator[np.ndarray]:
-    """The vector (D,) of each slide in turn; views of several slides are looked at together, about `batch` of them."""
-    waiting: list[tuple[int, np.ndarray, np.ndarray, np.ndarray]] = []     # of a slide: views; of tiles vector, cell, view
+@dataclass(frozen=True)
+class Group:
+    """Views of several slides: so many of each, and of their tiles vectors, cells, and which view each is of."""
 
-    def looked() -> Iterator[np.ndarray]:
-        many = [count for count, *_ in waiting]
-        first = np.cumsum([0, *many[:-1]])
-        owner_T = np.concatenate([own + start for (*_, own), start in zip(waiting, first, strict=True)])
-        with torch.inference_mode():
-            vector_VD = network(*(torch.from_numpy(each).to(device) for each in (
-                *(np.concatenate([one[place] for one in waiting]) for place in (1, 2)), owner_T)), sum(many))
-        for part_VD in vector_VD.split(many):
-            yield F.normalize(part_VD.double().mean(dim=0), dim=0).float().cpu().numpy()
-        waiting.clear()
+    many: list[int]
+    features_TD: np.ndarray
+    cell_T2: np.ndarray
+    owner_T: np.ndarray
 
+
+def vectors(network: SlideEncoder, bags: Bags, settings: SlideEmbed, device: torch.device,
+            threads: int) -> Iterator[np.ndarray]:
+    """The vector (D,) of each slide in turn.
+
+    On a CPU each thread looks at views of its own, and torch starts none besides: products are small, and threads that
+    share one wait for each other longer than they work.
+    """
+    torch.set_num_threads(1 if device.type == "cpu" else threads)
+    waiting: deque[Future[list[np.ndarray]]] = deque()
+    with ThreadPoolExecutor(threads if device.type == "cpu" else 1) as pool:
+        for group in groups(bags, settings):
+            waiting.append(pool.submit(looked_at, network, group, device))
+            if len(waiting) > threads:
+                yield from waiting.popleft().result()
+        for found in waiting:
+            yield from found.result()
+
+
+@torch.inference_mode()
+def looked_at(network: SlideEncoder, group: Group, device: torch.device) -> list[np.ndarray]:
+    """The vector (D,) of each slide of a group: the mean of its views', at length one."""
+    given = (torch.from_numpy(each).to(device) for each in (group.features_TD, group.cell_T2, group.owner_T))
+    parts = network(*given, sum(group.many)).double().split(group.many)
+    return [F.normalize(part_VD.mean(dim=0), dim=0).float().cpu().numpy() for part_VD in parts]
+
+
+def groups(bags: Bags, settings: SlideEmbed) -> Iterator[Group]:
+    """The slides in their order, as many together as have `batch` views."""
+    many: list[int] = []
+    parts: list[tuple[np.ndarray, ...]] = []
     for row, slide in enumerate(bags.slides):
         bag = bags[row]
         drawn = list(views(len(bag.features_ND), settings.tiles, settings.views, settings.seed, slide))
-        place_T = np.concatenate(drawn)
-        waiting.append((len(drawn), bag.features_ND[place_T], bag.cell_N2[place_T],
-                        np.repeat(np.arange(len(drawn)), [len(each) for each in drawn])))
-        if sum(count for count, *_ in waiting) >= settings.batch:
-            yield from looked()
-    if waiting:
-        yield from looked()
+        place_T, view_T = np.concatenate(drawn), np.repeat(np.arange(len(drawn)), [len(each) for each in drawn])
+        parts.append((bag.features_ND[place_T], bag.cell_N2[place_T], view_T + sum(many)))
+        many.append(len(drawn))
+        if sum(many) >= settings.batch or row == len(bags) - 1:
+            yield Group(many, *(np.concatenate(each) for each in zip(*parts, strict=True)))
+            many, parts = [], []
 
 
 def views(count: int, tiles: int, many: int, seed: int, slide: str) -> Iterator[np.ndarray]:
