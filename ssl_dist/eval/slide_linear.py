@@ -270,7 +270,7 @@ def _planned(settings: SlideLinear, labels: Labels) -> tuple[list[Part], list[in
         known = replace(labels, split_S=np.where(keep, labels.split_S, ""))
     else:
         known = labels
-        if words := sorted({*labels.split_S} - {""}):
+        if not _given(labels) and (words := sorted({*labels.split_S} - {""})):
             said.append(f"the table's splits are {', '.join(words)} and none is {TEST!r}: each was asked about in "
                         "turn, and the others learnt from")
     parts = parted(known, settings.splits, settings.seed)
