@@ -33,8 +33,9 @@ MAPS = (".png", ".tif", ".tiff", ".bmp", ".npy")
 LABELS = ("labels", "label", "masks", "mask", "instances", "masks_instance_colour", "masks_binary")
 TYPES = "types"
 NOT_TISSUE = (*LABELS, TYPES, "overlay", "overlays", "annotations", "annotations_xml")
-# A split is a folder's name: Train, test_same, Fold 1, fold1, validation, MoNuSegTestData.
-SPLIT = re.compile(r"(train|test_same|test_diff|test|valid|fold ?\d)", re.IGNORECASE)
+# A split is a folder's name, or a part that begins like a word: Train, test_same, Fold 1, validation, MoNuSegTestData;
+# not latest, nor untrained.
+SPLIT = re.compile(r"(?<![A-Za-z])(?i:train|test_same|test_diff|test|valid|fold ?\d)|Train|Test|Valid|Fold ?\d")
 # One colour an object still leaves crumbs where objects lie over each other: pieces smaller than this are none.
 CRUMB = 20              # pixels, as the copies of MoNuSeg that have such masks need it
 CLASSES = {
@@ -114,7 +115,7 @@ def found(folder: Path, form: str = "", names: str = "") -> Set:
                        for name, read in sorted(pairs, key=lambda pair: pair[0])]
             if len({region.name for region in regions}) < len(regions):
                 raise ShardError(f"two regions below {folder} have one name; rename one")
-            typed = kind == "pannuke" or regions[0].read().types_HW is not None
+            typed = kind == "pannuke" or any(region.read().types_HW is not None for region in regions)
             return Set(kind, regions, _classes(folder, kind) if typed else [], remarks)
     raise ShardError(f"no labelled regions {'of form ' + form + ' ' if form else ''}below {folder}: images beside XML "
                      "of ImageScope, Labels/*.mat, images.npy with masks.npy, NAME/images with NAME/masks, or images/ "
@@ -131,7 +132,7 @@ def _named(name: str, names: str, tissue: str, read: Callable[[], Pixels]) -> Re
     barcode = sources.TCGA.search(name)
     split = SPLIT.search(name.rpartition("/")[0])
     return Region(name, known.get("patient", barcode[0] if barcode else ""),
-                  known.get("split", split[1].lower().replace(" ", "") if split else ""), tissue, read)
+                  known.get("split", split[0].lower().replace(" ", "") if split else ""), tissue, read)
 
 
 def _classes(folder: Path, kind: str) -> list[str]:

@@ -108,7 +108,7 @@ def sources(settings: Settings, remark: Callable[[str], None] = lambda text: Non
     return found
 
 
-def named(places: list[str], settings: Settings) -> list[Source]:
+def named(places: list[str], settings: Settings, suffixes: tuple[str, ...] = SUFFIXES["slides"]) -> list[Source]:
     """The slides that folders, files and patterns name, each once and in the order of their names.
 
     A table slides.csv lies in the folder that is named, or beside the files.
@@ -116,7 +116,7 @@ def named(places: list[str], settings: Settings) -> list[Source]:
     tables: dict[Path, dict[str, dict[str, str]]] = {}
     found: dict[str, Source] = {}
     for place in places:
-        for root, file in _named(place, settings.skip):
+        for root, file in _named(place, settings.skip, suffixes):
             if root not in tables:
                 tables[root] = _table(settings.table or root / "slides.csv", settings.columns)
             source, _ = _described(file, file[len(str(root)):].lstrip("/"), settings, tables[root])
@@ -127,19 +127,19 @@ def named(places: list[str], settings: Settings) -> list[Source]:
     return [found[slide] for slide in sorted(found)]
 
 
-def _named(place: str, skip: str) -> Iterator[tuple[Path, str]]:
+def _named(place: str, skip: str, suffixes: tuple[str, ...]) -> Iterator[tuple[Path, str]]:
     """The slides of one folder, file or pattern, each with the folder that its table would lie in."""
     path = Path(place).expanduser()
     if path.is_dir():
-        there = [(path, file) for file in files(path, SUFFIXES["slides"], skip)]
+        there = [(path, file) for file in files(path, suffixes, skip)]
     elif path.is_file():
         there = [(path.parent, str(path))]
     else:
         matched = sorted(Path(name) for name in glob.glob(str(path), recursive=True))       # noqa: PTH207 - absolute too
         there = [(each.parent, str(each)) for each in matched if each.is_file() and not (
-            skip and re.search(skip, each.name)) and each.name.lower().endswith(SUFFIXES["slides"])]
+            skip and re.search(skip, each.name)) and each.name.lower().endswith(suffixes)]
         there += [(each, file) for each in matched if each.is_dir() and not each.with_suffix(".mrxs").is_file()
-                  for file in files(each, SUFFIXES["slides"], skip)]
+                  for file in files(each, suffixes, skip)]
     if not there:
         raise ShardError(f"slides={place} names no slide (looked in {Path.cwd()}); name a folder, a file, or a pattern "
                          f"such as '/data/*.svs', of files that end in {', '.join(SUFFIXES['slides'])}")

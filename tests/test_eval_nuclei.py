@@ -3,6 +3,7 @@ kept."""
 
 import json
 import runpy
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -175,3 +176,20 @@ def test_rehearsal_says_what_would_be_done_and_a_damaged_network_is_refused(home
 def test_settings_that_mean_nothing_are_refused(home: Path, word: str, said: str) -> None:
     with pytest.raises(config.ConfigError, match=said):
         told(home, "nuclei", word)
+
+
+def test_a_region_without_types_among_others_and_one_that_is_torn_are_refused_before_anything_learns(
+        home: Path, tmp_path: Path) -> None:
+    own = Path(shutil.copytree(home / "regions", tmp_path / "regions"))
+    first, *_, last = sorted((own / "types").iterdir())
+    for gone in (first, last):          # whichever is the first to be looked at
+        content = gone.read_bytes()
+        gone.unlink()
+        for module in (nuclei, semantic):
+            with pytest.raises(ShardError, match=f"region images/{gone.stem} has no map of types"):
+                module.rehearse(told(home, module.__name__.rpartition(".")[2], f"data.regions={own}"))
+        gone.write_bytes(content)
+    picture = sorted((own / "images").iterdir())[-1]
+    picture.write_bytes(picture.read_bytes()[:200])
+    with pytest.raises(ShardError, match="cannot be read"):
+        nuclei.rehearse(told(home, "nuclei", f"data.regions={own}"))

@@ -3,6 +3,7 @@ the protocol over a run, on painted squares."""
 
 import json
 import runpy
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from scipy import ndimage
 
 from shards import tiff, write
 from shards.annotation import inside
-from ssl_dist import config, train
+from ssl_dist import checkpoint, config, train
 from ssl_dist.eval import blobs, confidence, pieces, segment
 from ssl_dist.eval.segment import Look
 from ssl_dist.eval.settings import Confidence, Segment
@@ -278,9 +279,29 @@ def test_which_class_is_drawn_is_asked_for_where_nobody_has_chosen(home: Path, t
                        CPU, 1, lambda *_: None)
 
 
-def _copied(home: Path, tmp_path: Path) -> Path:
-    import shutil
+def test_maps_are_of_the_step_that_was_chosen_of_this_very_encoder(home: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(home / "run", tmp_path / "run"))
+    (run / "eval").mkdir(exist_ok=True)
+    for path in (run / "eval").glob("segment*.json"):
+        path.unlink()
+    told = Confidence(encoder=str(run / "encoder"), slides=[str(home / "regions" / "images")], mpp=1.0)
+    step = min(checkpoint.steps(run / "checkpoints"))
+    chosen = {"step": step, "class": 1, "encoder": {"sha256": encoders.digest(run / "encoder")}}
+    (run / "eval" / "segment.json").write_text(json.dumps({**chosen, "encoder": {"sha256": "of another"}}))
+    assert confidence._chosen(told) == {}, "weights that are no more"
+    (run / "eval" / "segment-2.json").write_text(json.dumps(chosen))
+    found = confidence._chosen(told)
+    network, said = confidence._network(told, found)
+    assert confidence._number(told, network, found) == 1 and not said
+    weights = checkpoint.weights(run / "checkpoints" / checkpoint.name(step))
+    assert all(torch.equal(each, weights[f"encoder.network.{name}"])
+               for name, each in network.network.state_dict().items())
+    shutil.rmtree(run / "checkpoints" / checkpoint.name(step))
+    _, said = confidence._network(told, found)
+    assert len(said) == 1 and f"chose step {step}, whose checkpoint is not kept" in said[0]
 
+
+def _copied(home: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(home / "run" / "encoder", tmp_path / "encoder"))
 
 

@@ -179,3 +179,12 @@ def test_monuseg_polygons_and_colour_masks_agree(data: Path) -> None:
     best = [max((np.sum((one == number) & (other == each)) / np.sum((one == number) | (other == each))
                  for each in np.unique(other[one == number]) if each), default=0) for number in range(1, one.max() + 1)]
     assert np.mean(np.array(best) > 0.5) > 0.98 and np.median(best) > 0.88
+
+
+@pytest.mark.parametrize(("name", "split"), [
+    ("latest/images/a", ""), ("untrained/a", ""), ("Train/a", "train"), ("x/test_same/a", "test_same"),
+    ("Fold 1/a", "fold1"), ("MoNuSegTestData/a", "test"), ("MoNuSegTrainingData/a", "train"), ("validation/a", "valid"),
+    ("contest/a", "")])
+def test_a_split_is_a_word_of_a_folder_and_no_part_of_one(name: str, split: str) -> None:
+    found = regions.SPLIT.search(name.rpartition("/")[0])
+    assert (found[0].lower().replace(" ", "") if found else "") == split

@@ -6,9 +6,11 @@ lie. Where all is bright there is glass, and its confidence is 0.
 H, W pixels of the map
 """
 
+import contextlib
 import functools
 import io
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,12 +20,11 @@ import torch
 from PIL import Image
 from scipy import ndimage
 
-from shards import folder, sources, tiff, tiles
+from shards import folder, tiff
 from shards.index import ShardError
-from shards.settings import Settings
-from shards.slide import Picture, Slide, SlideError
 from shards.sources import Source
-from ssl_dist.eval import blobs, pieces, protocol
+from ssl_dist import checkpoint
+from ssl_dist.eval import blobs, pieces, protocol, segment, wholes
 from ssl_dist.eval.outlines import outlines
 from ssl_dist.eval.protocol import Progress
 from ssl_dist.eval.settings import Confidence
@@ -33,33 +34,34 @@ from ssl_dist.models.encoder import Encoder
 BLANK = 235             # of every channel: a piece that is nowhere darker is glass
 OUTLINED = 2**28        # pixels of the largest map that is outlined: a gigabyte of numbers
 LONGEST = 4096          # pixels of a side of the small picture
-SLACK = 1.05            # by which a slide may be coarser than what is asked for
 INK = [230, 30, 30]
 
 
 def rehearse(settings: Confidence) -> dict[str, Any]:
     """All that can fail before a slide is looked at."""
-    network = encoders.build(settings.encoder)
-    found = _sources(settings)
-    for source in found:
-        with _opened(source, settings):
-            pass
-    return {"protocol": settings.protocol, "class": f"{_number(settings, network)} of {network.classes()}",
-            "slides": len(found), "out": str(settings.home)}
+    chosen = _chosen(settings)
+    network, said = _network(settings, chosen)
+    return {"protocol": settings.protocol, "class": f"{_number(settings, network, chosen)} of {network.classes()}",
+            "step": chosen.get("step", "as exported"), "slides": len(_ready(settings)), "out": str(settings.home),
+            "warnings": said}
 
 
 def run(settings: Confidence, device: torch.device, threads: int, progress: Progress) -> dict[str, Any]:
     """Files a slide, and a result that says what was found."""
     torch.set_num_threads(threads)
-    network = encoders.load(settings.encoder).eval().to(device)
-    number, out, rows = _number(settings, network), folder.make(settings.home), []
-    for source in _sources(settings):
+    chosen = _chosen(settings)
+    network, said = _network(settings, chosen)
+    network = network.eval().to(device)
+    number, found, rows = _number(settings, network, chosen), _ready(settings), []
+    out = folder.make(settings.home)
+    for source in found:
         rows.append(_mapped(source, settings, network, number, out, functools.partial(progress, source.slide)))
     result: dict[str, Any] = {
         "protocol": settings.protocol, "size": 0, "class": number, "shards": [], "metrics": {}, "intervals": {},
+        **({"step": chosen["step"]} if chosen and not said else {}),
         "encoder": {"path": settings.encoder, "architecture": network.name,
                     "sha256": encoders.digest(settings.encoder)},
-        "baselines": {}, "against": {}, "seen_in_pretraining": {}, "classes": [], "warnings": [], "slides": rows,
+        "baselines": {}, "against": {}, "seen_in_pretraining": {}, "classes": [], "warnings": said, "slides": rows,
         "counts": {"slides": len(rows), "shared_patients": 0}, "seed": settings.seed,
         "pictures": [f"{row['slide']}.png" for row in rows if "png" in settings.write],
         "asked": {"slides": settings.slides, "class": number, "mpp": settings.mpp}}
@@ -69,61 +71,66 @@ def run(settings: Confidence, device: torch.device, threads: int, progress: Prog
     return result
 
 
-def _number(settings: Confidence, network: Encoder) -> int:
+def _chosen(settings: Confidence) -> dict[str, Any]:
+    """What eval/segment chose of this very encoder's run: step and class; nothing where it was not asked."""
+    sha256 = encoders.digest(settings.encoder)
+    for path in sorted((Path(settings.encoder).parent / "eval").glob("segment*.json")):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            told = json.loads(path.read_text())
+            if told["encoder"]["sha256"] == sha256:
+                return {"step": int(told["step"]), "class": int(told["class"]), "by": path.name}
+    return {}
+
+
+def _number(settings: Confidence, network: Encoder, chosen: dict[str, Any]) -> int:
     """The class that is drawn."""
-    chosen = settings.number
-    if chosen is None and network.classes() > 1:
-        found = Path(settings.encoder).parent / "eval" / "segment.json"
-        try:
-            chosen = int(json.loads(found.read_text())["class"])
-        except (OSError, ValueError, KeyError, TypeError):
-            raise ShardError(f"which of {network.classes()} classes is to be drawn is not known: there is no {found}; "
-                             f"run eval/segment, or say number=0 to number={network.classes() - 1}") from None
-    if (chosen or 0) >= network.classes():
-        raise ShardError(f"number={chosen} is none of {network.classes()} classes, 0 to {network.classes() - 1}")
-    return chosen or 0
+    number = settings.number if settings.number is not None else chosen.get("class")
+    if number is None and network.classes() > 1:
+        raise ShardError(f"which of {network.classes()} classes is to be drawn is not known: no segment.json beside "
+                         f"{settings.encoder} is of it; run eval/segment, or say number=0 to "
+                         f"number={network.classes() - 1}")
+    if (number or 0) >= network.classes():
+        raise ShardError(f"number={number} is none of {network.classes()} classes, 0 to {network.classes() - 1}")
+    return number or 0
 
 
-def _sources(settings: Confidence) -> list[Source]:
-    reading = Settings(source=Path(), out=Path(), dataset="slides", kind="slides")
-    found: list[Source] = []
-    for place in map(Path, settings.slides):
-        found += [Source(file=str(place), name=place.stem, slide=place.stem)] if place.is_file() else \
-            sources.named([str(place)], reading)
+def _network(settings: Confidence, chosen: dict[str, Any]) -> tuple[Encoder, list[str]]:
+    """The network of the step that eval/segment chose, while its checkpoint is kept; else the exported one. And what is
+    to be said of that."""
+    exported = int((encoders.card(settings.encoder).get("ssl_dist") or {}).get("step") or 0)
+    if not chosen or chosen["step"] == exported:
+        return encoders.load(settings.encoder), []
+    home = segment.run_of(settings.encoder)
+    if home is None or chosen["step"] not in checkpoint.steps(home / "checkpoints"):
+        return encoders.load(settings.encoder), [
+            f"{chosen['by']} chose step {chosen['step']}, whose checkpoint is not kept; maps are of the exported "
+            f"network, step {exported}"]
+    return segment.of_checkpoint(settings.encoder, home / "checkpoints" / checkpoint.name(chosen["step"])), []
+
+
+def _ready(settings: Confidence) -> list[Source]:
+    """The slides and pictures; refuses, before the first is read, one that could not be done."""
+    found = wholes.found(settings.slides)
+    for source in found:
+        with wholes.opened(source, _mpp(settings), settings.slide_mpp) as whole:
+            pixels = whole.size[0] * whole.size[1]
+            if "geojson" in settings.write and pixels > OUTLINED:
+                raise ShardError(f"{source.slide} would have {pixels:,} pixels to outline, and {OUTLINED:,} are the "
+                                 "most; use a coarser mpp=, or write=[png,tif]")
     return found
 
 
-def _opened(source: Source, settings: Confidence) -> Slide | Picture:
-    """A slide, or a picture, whose pixels are taken as they are."""
-    try:
-        return Slide(source.path, source.mpp, settings.slide_mpp)
-    except SlideError:
-        if not source.file.lower().endswith(sources.SUFFIXES["regions"]):
-            raise
-        return tiles.picture(source, Settings(source=Path(), out=Path(), dataset="slides", kind="regions"))
-
-
 def _mpp(settings: Confidence) -> float:
+    """Microns per pixel of the maps; NaN where nobody told."""
     trained = (encoders.card(settings.encoder).get("ssl_dist") or {}).get("mpp") or []
-    if settings.mpp is None and len(trained) != 1:
-        raise ShardError(f"{settings.encoder} was trained at {trained or 'microns per pixel that nobody told'}; say "
-                         "mpp=0.25 or whatever maps shall have")
-    return settings.mpp or float(trained[0])
+    return settings.mpp or (float(trained[0]) if len(trained) == 1 else math.nan)
 
 
 def _mapped(source: Source, settings: Confidence, network: Encoder, number: int, out: Path,
             progress: Callable[[int, int], None]) -> dict[str, Any]:
-    with _opened(source, settings) as slide:
-        flat = isinstance(slide, Picture)
-        mpp = slide.mpp if flat else _mpp(settings)
-        scale = 1.0 if flat else mpp / slide.mpp
-        if scale < 1 / SLACK:
-            raise SlideError(f"{slide.path} has {slide.mpp:g} µm/px, and maps are asked for at {mpp:g}: what is not in "
-                             f"the slide cannot be read; mpp={slide.mpp:g} takes it as it is")
-        size = max(1, round(slide.height / scale)), max(1, round(slide.width / scale))
-        confidence_HW, there_HW = mapped(
-            lambda left, top, wide, high: slide.region(round(left * scale), round(top * scale), (wide, high), mpp),
-            network, number, size, progress)
+    with wholes.opened(source, _mpp(settings), settings.slide_mpp) as whole:
+        size, scale, mpp = whole.size, whole.scale, whole.asked
+        confidence_HW, there_HW = mapped(whole.read, network, number, size, progress)
     name = source.slide
     if "png" in settings.write:
         _small(confidence_HW, out / f"{name}.png")
@@ -165,9 +172,6 @@ def _small(confidence_HW: np.ndarray, path: Path) -> None:
 
 def _outlined(there_HW: np.ndarray, scale: float, settings: Confidence, path: Path) -> int:
     """Writes every piece with its holes, in pixels of level 0; how many there are."""
-    if there_HW.size > OUTLINED:
-        raise ShardError(f"{path.stem} would have {there_HW.size:,} pixels to outline, and {OUTLINED:,} are the most; "
-                         "use a coarser mpp=, or write=[png,tif]")
     numbers_HW, count = ndimage.label(there_HW)
     large_N = np.bincount(numbers_HW.ravel(), minlength=count + 1) >= settings.smallest
     large_N[0] = False

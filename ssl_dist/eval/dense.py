@@ -77,7 +77,11 @@ def halves(settings: PixelWise) -> Halves:
     if both := sorted({each.patient for each in bank} & {each.patient for each in query} - {protocol.UNKNOWN}):
         raise ShardError(f"{len(both)} patients have regions on both sides ({both[0]!r}, …): figures would be too "
                          "good; part them by patient, with data.query= left empty")
-    return Halves(bank, query, classes, kinds, found.remarks)
+    known = Halves(bank, query, classes, kinds, found.remarks)
+    for region in (*bank, *query):      # all that cannot be read is said before anything learns, and not after
+        if known.retyped(region.read()).types_HW is None and classes:
+            raise ShardError(f"region {region.name} has no map of types, and others have; give it one, or take it away")
+    return known
 
 
 def _held(found: list[Region], part: float, seed: int) -> tuple[list[Region], list[Region]]:
@@ -201,7 +205,6 @@ def rehearse(settings: PixelWise, build: Callable[[Encoder, Halves], nn.Module])
                 encoder.look_closely()
         encoder.fit_to(settings.window)
         network = build(encoder, known)
-    known.retyped(known.bank[0].read())
     whole, beneath = (sum(each.numel() for each in part.parameters()) for part in (network, encoder))
     return {"protocol": settings.protocol, "encoder": encoder.name, "decoders": f"{whole - beneath:,} weights",
             "baselines": ", ".join(settings.baselines) or "none", "regions to learn from": len(known.bank),

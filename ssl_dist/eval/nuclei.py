@@ -41,6 +41,7 @@ def run(settings: Nuclei, device: torch.device, threads: int, progress: Progress
     known = dense.halves(settings)
     out = folder.make(settings.home)
     drawn: list[tuple[Region, regions.Pixels, Whole]] = []
+    taught: list[HoverNet] = []
 
     def judged(source: str, bank: list[Region], kept: bool, progress: Callable[[int, int], None]) -> Judged:
         network = _build(settings, dense.encoder_of(source, settings, settings.seed), known)
@@ -55,7 +56,7 @@ def run(settings: Nuclei, device: torch.device, threads: int, progress: Progress
             if kept:
                 drawn.append((region, pixels, found))
         if kept:
-            networks.save(out / "nuclei-network", network, known.classes, settings)
+            taught.append(network)
         matched = sum((each.confusion_CC for each in tallies), np.zeros((len(classes),) * 2, int))
         return Judged(instances.measured(tallies, classes, [each.tissue for each in known.query]), curve, {
             "regions": instances.told(tallies, [each.name for each in known.query]),
@@ -64,8 +65,10 @@ def run(settings: Nuclei, device: torch.device, threads: int, progress: Progress
     rules = {"window": settings.window, "margin": settings.margin}
     result = dense.compare(settings, known, judged, progress, device, threads, rules)
     path = protocol.place(out, settings.protocol, result)
+    network = path.with_name(f"{path.stem}-network")
+    networks.save(network, taught[-1], known.classes, settings)
     pictures, captions = _draw(settings, known, drawn, result, path)
-    return dense.written(result | {"pictures": pictures, "captions": captions, "network": "nuclei-network"}, path)
+    return dense.written(result | {"pictures": pictures, "captions": captions, "network": network.name}, path)
 
 
 def _build(settings: Nuclei, encoder: Encoder, known: Halves) -> HoverNet:

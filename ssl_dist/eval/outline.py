@@ -14,12 +14,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from shards import folder, sources, tiles
+from shards import folder
 from shards.index import ShardError
-from shards.settings import Settings
-from shards.slide import Picture, Slide, SlideError
+from shards.slide import Picture
 from shards.sources import Source
-from ssl_dist.eval import dense, networks, nuclei, protocol, qupath, tiling
+from ssl_dist.eval import dense, networks, nuclei, protocol, qupath, tiling, wholes
 from ssl_dist.eval.networks import Network
 from ssl_dist.eval.protocol import Progress
 from ssl_dist.eval.settings import Outline
@@ -31,10 +30,7 @@ MAP = 2**31             # pixels of the largest map of numbers that is written
 def rehearse(settings: Outline) -> dict[str, Any]:
     """Everything that can fail before a slide is read; what would be done."""
     network = networks.load(settings.network)
-    found = _sources(settings)
-    for source in found:
-        with _opened(source, settings):
-            pass
+    found = _ready(settings, network)
     return {"protocol": settings.protocol, "network": network.network.encoder.name, "slides": len(found),
             "types": ", ".join(network.classes) or "none", "out": str(settings.home), "warnings": []}
 
@@ -44,7 +40,7 @@ def run(settings: Outline, device: torch.device, threads: int, progress: Progres
     network = networks.load(settings.network)
     network.network.to(device)
     out, rows = folder.make(settings.home), []
-    for source in _sources(settings):
+    for source in _ready(settings, network):
         rows.append(_slide(source, settings, network, device, out, partial(progress, source.slide)))
     result = {
         "protocol": settings.protocol, "size": network.window, "network": str(settings.network), "shards": [],
@@ -59,58 +55,34 @@ def run(settings: Outline, device: torch.device, threads: int, progress: Progres
     return dense.written(result, path)
 
 
-def _sources(settings: Outline) -> list[Source]:
-    """Slides, and pictures where a folder or pattern names none but those."""
-    suffixes = (*sources.SUFFIXES["slides"], *sources.SUFFIXES["regions"])
-    reading = Settings(source=Path(), out=Path(), dataset="slides", kind="slides")
-    found: list[Source] = []
-    for place in settings.slides:
-        path = Path(place)
-        if path.is_file() and path.suffix.lower() in suffixes:
-            found.append(Source(file=str(path), name=path.stem, slide=path.stem))
-        else:
-            found += sources.named([place], reading)
+def _ready(settings: Outline, network: Network) -> list[Source]:
+    """The slides and pictures; refuses, before the first is read, one that could not be done."""
+    found = wholes.found(settings.slides)
+    maps = [form for form in settings.write if form != "geojson"]
+    for source in found:
+        with wholes.opened(source, settings.mpp or network.mpp, settings.slide_mpp) as whole:
+            if maps and whole.size[0] * whole.size[1] > MAP:
+                raise ShardError(f"a map of {source.slide} would have {whole.size[0] * whole.size[1]:,} pixels, and "
+                                 f"{MAP:,} are the most; use write=[geojson]")
     return found
-
-
-def _opened(source: Source, settings: Outline) -> Slide | Picture:
-    """A slide; or a picture, which is taken to have the resolution that is asked for."""
-    try:
-        return Slide(source.path, source.mpp, settings.slide_mpp)
-    except SlideError:
-        if not source.file.lower().endswith(sources.SUFFIXES["regions"]):
-            raise
-        reading = Settings(source=Path(), out=Path(), dataset="slides", kind="regions")
-        return tiles.picture(source, reading)
 
 
 def _slide(source: Source, settings: Outline, network: Network, device: torch.device, out: Path,
            progress: Callable[[int, int], None]) -> dict[str, Any]:
-    asked = settings.mpp or network.mpp
-    with _opened(source, settings) as slide:
-        scale = 1.0 if isinstance(slide, Picture) else asked / slide.mpp
-        if isinstance(slide, Slide) and scale < 1 / 1.05:
-            raise SlideError(f"{slide.path} has {slide.mpp:g} µm/px, and the network was taught at {asked:g}: what is "
-                             f"not in the slide cannot be read; mpp={slide.mpp:g} takes it as it is")
-        height, width = max(1, round(slide.height / scale)), max(1, round(slide.width / scale))
-
-        def read(left: int, top: int, wide: int, high: int) -> np.ndarray:
-            return slide.region(round(left * scale), round(top * scale), (wide, high), asked)
-
-        reads = tiling.of_picture(slide.region(0, 0, (width, height), asked)) if isinstance(slide, Picture) else read
+    with wholes.opened(source, settings.mpp or network.mpp, settings.slide_mpp) as whole:
+        height, width = whole.size
+        reads = tiling.of_picture(whole.read(0, 0, width, height)) if isinstance(whole.slide, Picture) else whole.read
         answers = partial(nuclei.answers, network.network)
         maps = tiling.strips(partial(dense.said, answers, device, settings.precision),
-                             nuclei.MAPS + network.network.kinds, reads, (height, width), network.window,
+                             nuclei.MAPS + network.network.kinds, reads, whole.size, network.window,
                              network.margin, settings.batch, progress)
-        return _found(source.slide, nuclei.as_strips(maps), (height, width), scale, settings, network, out)
+        return _found(source.slide, nuclei.as_strips(maps), whole.size, whole.scale, settings, network, out)
 
 
 def _found(name: str, strips: Any, size: tuple[int, int], scale: float, settings: Outline, network: Network, out: Path
            ) -> dict[str, Any]:
     parting = Parting(Rules(network.edge, network.smallest))
     maps = [form for form in settings.write if form != "geojson"]
-    if maps and size[0] * size[1] > MAP:
-        raise ShardError(f"a map of {name} would have {size[0] * size[1]:,} pixels; use write=[geojson]")
     numbers_HW = np.zeros(size if maps else (0, 0), np.int32)
     texts: list[str] = []
     first: list[np.ndarray] = [np.zeros((0, 2), np.int64)]
@@ -135,7 +107,7 @@ def _found(name: str, strips: Any, size: tuple[int, int], scale: float, settings
         rank_N[order + 1] = np.arange(1, len(order) + 1)
         for form in maps:
             qupath.write_map(out / f"{name}.{form}", rank_N[numbers_HW])
-    if texts:
+    if "geojson" in settings.write:     # also where nothing was found, or an older one would stay
         qupath.write_geojson(out / f"{name}.geojson", [texts[place] for place in order])
     table = io.StringIO()
     writer = csv.writer(table, lineterminator="\n")

@@ -62,7 +62,8 @@ def colours(read: Read, size: tuple[int, int], side: int = SIDE) -> Tensor:
     """The colours (1, 2, 3) of a picture, of all its pieces or of some that lie all over it."""
     cut = [*pieces(*size, 0, side)]
     total_1233 = torch.zeros(1, 2, 3, 3, dtype=torch.float64)
-    for number in sorted({round(each) for each in np.linspace(0, len(cut) - 1, SOME)}):
+    # By lot, the same always: every so manieth could be of two columns alone.
+    for number in np.random.default_rng(0).permutation(len(cut))[:SOME].tolist():
         own = cut[number]
         total_1233 += fcnn.sums(light(read(own.left, own.top, own.right - own.left, own.bottom - own.top)))
     return fcnn.spread_of(total_1233)

@@ -8,6 +8,7 @@ authors' code takes the step and the class that are best on outlined regions. Th
 C classes   H, W pixels   K patches of a region   R regions asked about
 """
 
+import contextlib
 import functools
 import json
 from collections.abc import Callable, Iterator
@@ -63,15 +64,17 @@ class Halves:
 
     bank: list[Region]
     query: list[Region]
+    remarks: list[str]
 
 
 def halves(settings: Segment) -> Halves:
     """Whole patients, every so manieth in the order of their names; a region without one is a patient of its own."""
-    found = regions.found(settings.regions, settings.form, settings.names).regions
+    there = regions.found(settings.regions, settings.form, settings.names)
+    found = there.regions
     patients = sorted({each.patient or each.name for each in found})
     asked = {*patients[settings.every - 1::settings.every]}
     known = Halves([each for each in found if (each.patient or each.name) not in asked],
-                   [each for each in found if (each.patient or each.name) in asked])
+                   [each for each in found if (each.patient or each.name) in asked], there.remarks)
     if not known.bank or not known.query:
         raise ShardError(f"{len(patients)} patients in {settings.regions} cannot be parted by every={settings.every}; "
                          "use a smaller number, of two or more patients")
@@ -84,7 +87,7 @@ def rehearse(settings: Segment) -> dict[str, Any]:
     classes = encoders.build(settings.encoder).classes()
     return {"protocol": settings.protocol, "encoder": f"{classes} classes", "checkpoints": ", ".join(map(str, steps)),
             "regions that labels choose by": len(known.bank), "regions asked about": len(known.query),
-            "out": str(settings.home)}
+            "out": str(settings.home), "warnings": known.remarks}
 
 
 def run(settings: Segment, device: torch.device, threads: int, progress: Progress) -> dict[str, Any]:
@@ -132,7 +135,8 @@ def run(settings: Segment, device: torch.device, threads: int, progress: Progres
                       for name, each in {"encoder": dice_R2[:, 0], **found}.items()},
         "regions": [each.name for each in known.query], "classes": [], "warnings": _doubts(known, seen), "pictures": [],
         "seen_in_pretraining": seen, "seen_by_baselines": {},
-        "asked": {"regions": str(settings.regions), "form": settings.form, "every": settings.every},
+        "asked": {"regions": str(settings.regions), "form": settings.form, "every": settings.every,
+                  "choose": settings.choose, "glance": settings.glance},
         "seed": settings.seed}
     path = protocol.place(out, settings.protocol, result)
     result["written"] = str(path)
@@ -191,15 +195,22 @@ def flat_from(steps: np.ndarray, values: np.ndarray) -> int:
     rows = max(1, round(SMOOTH * len(values)))
     sums = np.concatenate([[0.0], np.cumsum(values)])
     means = (sums[rows:] - sums[:-rows]) / rows
-    return int(steps[rows - 1:][means >= FLAT * means.max()][0])
+    if not np.isfinite(means).any():
+        return int(steps[-1])
+    largest = float(np.nanmax(means))
+    return int(steps[rows - 1:][means >= largest - (1 - FLAT) * abs(largest)][0])
 
 
 def _curve(settings: Segment, classes: int) -> Curve | None:
     """What the run has logged of separation; nothing of an encoder that lies in none."""
-    home = _run(settings)
+    home = run_of(settings.encoder)
     if home is None or not (home / "metrics.jsonl").is_file():
         return None
-    rows = {row["step"]: row for row in map(json.loads, (home / "metrics.jsonl").read_text().splitlines())}
+    rows = {}
+    for line in (home / "metrics.jsonl").read_text().splitlines():
+        with contextlib.suppress(ValueError, KeyError, TypeError):      # the last may be torn, by a kill
+            row = json.loads(line)
+            rows[row["step"]] = row
     names = [f"separation_{number}" for number in range(classes)] if classes > 1 else ["separation"]
     kept = [rows[step] for step in sorted(rows) if all(name in rows[step] for name in names)]
     return (np.array([row["step"] for row in kept]), np.array([[row[name] for row in kept] for name in names])) \
@@ -233,7 +244,7 @@ def _goes_with(map_HW: np.ndarray, stain_HW: np.ndarray) -> float:
 
 def _doubts(known: Halves, seen: dict[str, int] | None) -> list[str]:
     """Why the figures may be better or worse than they should."""
-    found = []
+    found = [*known.remarks]
     if seen and any(seen.values()):
         found.append("the network was trained, without labels, on " + " and ".join(
             f"{count} of the {name} asked about" for name, count in seen.items() if count)
@@ -247,15 +258,15 @@ def _mean(dice_R: np.ndarray) -> Measure:
     return lambda weights_R: {"dice": float(np.average(dice_R, weights=weights_R))}
 
 
-def _run(settings: Segment) -> Path | None:
+def run_of(encoder: str) -> Path | None:
     """The run that an encoder is of, where it lies in one."""
-    home = Path(settings.encoder).parent
+    home = Path(encoder).parent
     return home if (home / "config.yaml").is_file() and (home / "checkpoints").is_dir() else None
 
 
 def _checkpoints(settings: Segment) -> Iterator[tuple[int, Path | None]]:
     """Every step that can be looked at, and its folder; the exported network alone where there is nothing else."""
-    home = _run(settings)
+    home = run_of(settings.encoder)
     steps = sorted(checkpoint.steps(home / "checkpoints")) if home else []
     if not home or not steps:
         yield int((encoders.card(settings.encoder).get("ssl_dist") or {}).get("step", 0)), None
@@ -265,9 +276,12 @@ def _checkpoints(settings: Segment) -> Iterator[tuple[int, Path | None]]:
 
 
 def _loaded(settings: Segment, weights: Path | None) -> Encoder:
-    if weights is None:
-        return encoders.load(settings.encoder).eval()
-    encoder = encoders.build(settings.encoder)
+    return encoders.load(settings.encoder).eval() if weights is None else of_checkpoint(settings.encoder, weights)
+
+
+def of_checkpoint(source: str, weights: Path) -> Encoder:
+    """An encoder with the weights of one of its run's checkpoints."""
+    encoder = encoders.build(source)
     encoder.network.load_state_dict({name.removeprefix(WEIGHTS): each for name, each in checkpoint.weights(
         weights).items() if name.startswith(WEIGHTS)})
     return encoder.eval()
@@ -275,7 +289,7 @@ def _loaded(settings: Segment, weights: Path | None) -> Encoder:
 
 def _seen_as(settings: Segment) -> tuple[Grid, bool]:
     """Patches as the run saw them, where there is one."""
-    if (home := _run(settings)) is not None:
+    if (home := run_of(settings.encoder)) is not None:
         method = config.load_train(str(home / "config.yaml"), []).method
         if {"patch", "stride", "ink"} <= method.keys():
             return Grid(method["patch"], method["stride"]), bool(method["ink"])

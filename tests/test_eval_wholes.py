@@ -1,0 +1,82 @@
+"""Slides and pictures that are mapped whole: each found once, and read where it says it lies."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from shards import synthetic, tiff
+from shards.index import ShardError
+from shards.slide import SlideError
+from ssl_dist.eval import pieces, segment, wholes
+
+
+def picture(path: Path) -> Path:
+    """White, but for a black square at rows 40 to 59, columns 120 to 159."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.full((200, 200, 3), 255, np.uint8)
+    pixels[40:60, 120:160] = 0
+    Image.fromarray(pixels).save(path)
+    return path
+
+
+def seen(place: Path, asked: float, slide_mpp: float | None = None) -> tuple[tuple[int, ...], list[float], float]:
+    """Size of the map, where the square's corners are in pixels of level 0 by it, and the scale."""
+    (source,) = wholes.found([str(place)])
+    with wholes.opened(source, asked, slide_mpp) as whole:
+        rows, columns = np.nonzero(whole.read(0, 0, whole.size[1], whole.size[0])[:, :, 0] < 128)
+        edges = [rows.min(), rows.max() + 1, columns.min(), columns.max() + 1]
+        return whole.size, [float(each * whole.scale) for each in edges], whole.scale
+
+
+@pytest.mark.parametrize("by", ["table", "word", "nothing"])
+def test_a_picture_is_read_at_the_resolution_that_is_known_of_it(by: str, tmp_path: Path) -> None:
+    place = picture(tmp_path / "own" / "p.png")
+    if by == "table":
+        (tmp_path / "own" / "slides.csv").write_text("slide,mpp\np,0.5\n")
+    word = 0.5 if by == "word" else None
+    size, edges, scale = seen(place, 1.0, word)
+    assert (size, scale) == (((200, 200), 1.0) if by == "nothing" else ((100, 100), 2.0))
+    assert edges == [40, 60, 120, 160]
+    if by != "nothing":
+        with pytest.raises(SlideError, match=r"what is not in it cannot be read; mpp=0\.5"):
+            seen(place, 0.25, word)
+        with pytest.raises(ShardError, match="is not known; say mpp="):
+            seen(place, float("nan"), word)
+
+
+def test_slides_and_pictures_are_found_by_folder_and_two_of_one_name_are_refused(tmp_path: Path) -> None:
+    for name in ("a/x.png", "b/x.png", "b/y.png"):
+        picture(tmp_path / name)
+    assert [each.slide for each in wholes.found([str(tmp_path / "b")])] == ["x", "y"], "a folder of pictures alone"
+    assert len(wholes.found([str(tmp_path / "b"), str(tmp_path / "b" / "y.png")])) == 2, "each once"
+    with pytest.raises(ShardError, match="are both called 'x'"):
+        wholes.found([str(tmp_path / "a"), str(tmp_path / "b")])
+    tiff.write_pyramid(tmp_path / "b" / "s.svs", synthetic.paint(0, 0, 0, size=512).pixels, 0.5, 87)
+    assert [each.slide for each in wholes.found([str(tmp_path / "b")])] == ["s"], "where there are slides, those"
+    with pytest.raises(ShardError, match="names no slide"):
+        wholes.found([str(tmp_path / "nothing")])
+
+
+def test_the_colours_of_a_large_picture_are_not_those_of_its_edges() -> None:
+    """A picture as tall as puts every so manieth of its pieces into two columns, and these are glass."""
+    side, rows, columns = 8, 255, 150
+
+    taken: list[int] = []
+
+    def told(left: int, _: int, wide: int, high: int) -> np.ndarray:
+        taken.append(left // side)
+        tissue = np.full((high, wide, 3), 90, np.uint8)
+        tissue[::2] -= 40
+        return tissue
+
+    pieces.colours(told, (rows * side, columns * side), side)
+    assert len(taken) == pieces.SOME and len(set(taken)) > 75
+
+
+@pytest.mark.parametrize(("values", "expected"), [
+    (-0.1 - 0.01 * np.arange(10.0), 1), (np.full(10, np.nan), 9), (np.r_[np.zeros(5), np.ones(5)], 6),
+    (np.r_[np.full(5, -1.0), np.full(5, -0.1)], 6)])
+def test_a_separation_is_flat_somewhere_whatever_its_sign(values: np.ndarray, expected: int) -> None:
+    assert segment.flat_from(np.arange(10), values) == expected
