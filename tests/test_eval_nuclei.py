@@ -191,5 +191,5 @@ def test_a_region_without_types_among_others_and_one_that_is_torn_are_refused_be
         gone.write_bytes(content)
     picture = sorted((own / "images").iterdir())[-1]
     picture.write_bytes(picture.read_bytes()[:200])
-    with pytest.raises(ShardError, match="cannot be read"):
+    with pytest.raises(ShardError, match="is not a readable image"):
         nuclei.rehearse(told(home, "nuclei", f"data.regions={own}"))
