@@ -274,7 +274,7 @@ def test_what_stands_in_a_script_reaches_the_command_as_it_was_typed(place: Path
 
 @pytest.mark.usefixtures("place")
 @pytest.mark.parametrize(("words", "said"), [
-    ("-- fly demo", "shard, eval, bench, not 'fly'"), ("ranks=2", "not 'nothing'"),
+    ("-- fly demo", "shard, eval, chain, bench, not 'fly'"), ("ranks=2", "not 'nothing'"),
     ("nodes=2 -- train demo data.shards=[data/mine]", "needs rendezvous=HOST:PORT"),
     ("nodes=3:2 rendezvous=a:1 ranks=1 -- train demo data.shards=[data/mine]", "least:most"),
     ("ranks=3 -- train demo data.shards=[data/mine] data.batch=16", "cannot be shared evenly by 3 ranks"),
