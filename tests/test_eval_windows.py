@@ -130,3 +130,18 @@ def test_beyond_the_rim_a_picture_is_mirrored_as_numpy_pads() -> None:
     read = tiling.of_picture(image)(-6, -7, 17, 20)
     assert (read == np.pad(image, ((7, 8), (6, 7), (0, 0)), mode="reflect")).all()
     assert (tiling.of_picture(image[:1, :1])(-2, -2, 5, 5) == image[0, 0]).all()
+
+
+def test_a_picture_that_is_smaller_than_its_rim_is_mirrored_into_copies_each_of_its_own() -> None:
+    numbers_HW = np.zeros((9, 7), np.int32)
+    numbers_HW[2:4, 1:4], numbers_HW[5:8, 2:6] = 1, 2
+    image = np.zeros((9, 7, 3), np.uint8)
+    region = Region("tiny", "", "", "", lambda: Pixels(image, numbers_HW))
+    framed = Windows([region], settings(zoom=1.0), lambda known: known)._regions[0].numbers_HW
+    assert min(framed.shape) >= 32
+    for number in np.unique(framed[framed > 0]).tolist():
+        rows, columns = np.nonzero(framed == number)
+        kind = 2 - number % 2           # two nuclei: odd numbers are copies of the first
+        high, wide = (2, 3) if kind == 1 else (3, 4)
+        assert np.ptp(rows) < high and np.ptp(columns) < wide, "no two copies share a number"
+    assert len(np.unique(framed[framed > 0])) > 2 * 9

@@ -56,12 +56,9 @@ class Windows:
         numbers_HW = np.pad(known.instances_HW, pad, mode="reflect")
         # A nucleus and its mirror image are two, or together they would be of a shape that there is not.
         count = known.count
-        side_HW = np.zeros(numbers_HW.shape, np.int32)
-        height, width = known.instances_HW.shape
-        side_HW[:rows] += 1
-        side_HW[rows + height:] += 2
-        side_HW[:, :columns] += 3
-        side_HW[:, columns + width:] += 6
+        down_H, across_W = (_mirrors(side, each) for side, each in zip(known.instances_HW.shape, (rows, columns),
+                                                                       strict=True))
+        side_HW = down_H[:, None] * (across_W.max() + 1) + across_W
         numbers_HW = np.where(numbers_HW > 0, numbers_HW + side_HW * count, 0)
         return _Framed(known.instances_HW.shape, np.pad(known.image_HW3, (*pad, (0, 0)), mode="reflect"), numbers_HW,
                        None if known.types_HW is None else np.pad(known.types_HW, pad, mode="reflect"))
@@ -83,6 +80,15 @@ class Windows:
             if types_BSS is not None and region.types_HW is not None:
                 types_BSS[row] = alike(region.types_HW[place], numbers, row, size)
         return Drawn(pixels_BSS3, numbers_BSS, types_BSS)
+
+
+def _mirrors(side: int, pad: int) -> np.ndarray:
+    """Of each place along a padded side, which mirror image it lies in: 0 is the picture itself. Where the rim is wider
+    than the picture, one is mirrored in another."""
+    place = np.arange(-pad, side + pad)
+    beyond = np.maximum(place - (side - 1), np.maximum(-place, 0))
+    turn = -(-beyond // max(side - 1, 1))
+    return np.where(place < 0, 2 * turn - 1, 2 * turn).astype(np.int32)
 
 
 @dataclass
