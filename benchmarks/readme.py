@@ -410,8 +410,8 @@ def mil() -> str:
         for tiles, rows in found["planted"].items()]
     told = found["settings"]
     return "\n".join(lines) + (
-        f"\n\nAUROC in %, mean ± standard deviation over {found['seeds']} seeds where there are several; in brackets "
-        "where 95 % of bootstraps over slides lie, of the first seed. pcam: "
+        f"\n\nAUROC in %, {'of one seed' if found['seeds'] == 1 else 'mean ± standard deviation over several seeds'}; "
+        "in brackets where 95 % of bootstraps over slides lie, of the first seed. pcam: "
         f"{told['made']} slides made up of {told['tiles']} PatchCamelyon tiles that were never trained on, in every "
         f"other {told['tumour']} of tumour. Osteosarcoma: 26 slides of four patients, whole patients held out, one way "
         "to deal them out: so few show what is possible, rank nothing, and have no interval. Vectors by an encoder "

@@ -146,10 +146,10 @@ def _noted(note: Path) -> dict[str, Any]:
     """What earlier calls did."""
     try:
         found = json.loads(note.read_text())
-        assert all({"words", "seconds", "digest"} <= each.keys() for each in found["lines"])
-        return found
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, AssertionError):
+        sound = all({"words", "seconds", "digest"} <= each.keys() for each in found["lines"])
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return {}
+    return found if sound else {}
 
 
 def _digest(settings: Chain, words: list[str]) -> str:

@@ -80,15 +80,19 @@ def vectors(network: SlideEncoder, bags: Bags, settings: SlideEmbed, device: tor
     On a CPU each thread looks at views of its own, and torch starts none besides: products are small, and threads that
     share one wait for each other longer than they work.
     """
-    torch.set_num_threads(1 if device.type == "cpu" else threads)
+    before, workers = torch.get_num_threads(), threads if device.type == "cpu" else 1
     waiting: deque[Future[list[np.ndarray]]] = deque()
-    with ThreadPoolExecutor(threads if device.type == "cpu" else 1) as pool:
-        for group in groups(bags, settings):
-            waiting.append(pool.submit(looked_at, network, group, device))
-            if len(waiting) > threads:
-                yield from waiting.popleft().result()
-        for found in waiting:
-            yield from found.result()
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(workers) as pool:
+            for group in groups(bags, settings):
+                waiting.append(pool.submit(looked_at, network, group, device))
+                if len(waiting) > workers:
+                    yield from waiting.popleft().result()
+            for found in waiting:
+                yield from found.result()
+    finally:
+        torch.set_num_threads(before)
 
 
 @torch.inference_mode()
