@@ -131,10 +131,18 @@ def neighbours(count: int) -> c10d.ProcessGroup | None:
 
 
 _neighbours: dict[int, c10d.ProcessGroup] = {}
+_endings: set[Callable[[], None]] = set()
+
+
+def at_stop(ending: Callable[[], None]) -> None:
+    """Has `ending` called before this process leaves the group: what a library keeps of it must not outlive it."""
+    _endings.add(ending)
 
 
 def stop() -> None:
     """Leaves the group; without it a gloo process may end in an abort."""
+    while _endings:
+        _endings.pop()()
     _neighbours.clear()
     if c10d.is_initialized():
         c10d.destroy_process_group()

@@ -44,6 +44,7 @@ class Engine:
         self._stage = config["zero_optimization"]["stage"]
         if self._stage:     # it cannot cut a group of nothing into parts
             optimizer.param_groups = [group for group in optimizer.param_groups if group["params"]]
+        dist.at_stop(_forget_groups)
         # We clip: the norm is known by then, and DeepSpeed would find it a second time.
         self._deepspeed, self._zero, *_ = deepspeed.initialize(
             model=method, optimizer=optimizer, config={**config, "gradient_clipping": 0.0}, dist_init_required=False)
@@ -246,3 +247,11 @@ class Engine:
         return [value for group, held in zip(self.optimizer.param_groups, self._zero.bit16_groups, strict=True)
                 if all(id(each) in among for each in held)
                 for value in self.optimizer.state.get(group["params"][0], {}).values() if not value.ndim]
+
+
+def _forget_groups() -> None:
+    """DeepSpeed keeps a copy of the group of all ranks, and would ask the next run of this process over it."""
+    from deepspeed import comm
+
+    if comm.is_initialized():
+        comm.destroy_process_group()

@@ -246,15 +246,24 @@ def _commit() -> str | None:
         return None
 
 
-def log_to(path: Path) -> None:
+@contextlib.contextmanager
+def logged(path: Path) -> Iterator[None]:
     """Sends this rank's log lines to logs/rank-00000.log, and rank 0's warnings to the person as well."""
     file = logging.FileHandler(folder.make(path / "logs") / f"rank-{dist.rank():05d}.log")
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    root = logging.getLogger("ssl_dist")
-    root.setLevel(logging.INFO)
-    root.addHandler(file)
+    handlers: list[logging.Handler] = [file]
     if dist.rank() == 0:
         person = logging.StreamHandler()
         person.setLevel(logging.WARNING)
         person.setFormatter(logging.Formatter("ssl-dist: warning: %(message)s"))
-        root.addHandler(person)
+        handlers.append(person)
+    root = logging.getLogger("ssl_dist")
+    root.setLevel(logging.INFO)
+    for handler in handlers:
+        root.addHandler(handler)
+    try:
+        yield
+    finally:        # a notebook's next run has a log of its own
+        for handler in handlers:
+            root.removeHandler(handler)
+            handler.close()

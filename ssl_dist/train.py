@@ -111,7 +111,7 @@ def train(settings: Train, allowed: Sequence[str] = ()) -> int:
                          runs.last_words(path, owner, code, words))
         joining.over()
         stack.callback(watching.close)
-        runs.log_to(path)
+        stack.enter_context(runs.logged(path))
         runs.end_with_launcher()
         try:
             reader = _reader(settings)

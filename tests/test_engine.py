@@ -180,6 +180,21 @@ def apart(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
 
 
 @pytest.mark.parametrize("stage", STAGES)
+def test_a_process_trains_again_in_another_group(stage: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a notebook does: DeepSpeed must keep nothing of the first."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    found = []
+    for _ in range(2):
+        dist.start(CPU)
+        try:
+            found.append(trained(built(OPTIMIZERS["adamw"], stage), 0, STEPS))
+        finally:
+            dist.stop()
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize("world", WORLDS)
 def test_it_steps_as_a_plain_loop_over_the_whole_batch(world: int, name: str, stage: int, ranked: dict) -> None:

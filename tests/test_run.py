@@ -1,6 +1,7 @@
 """run.json and last words: of this attempt alone, and never over another's."""
 
 import json
+import logging
 from pathlib import Path
 
 import pytest
@@ -81,3 +82,14 @@ def test_last_words_of_an_earlier_attempt_are_no_peer_s(tmp_path: Path) -> None:
     runs.last_words(tmp_path, owner, 8, "no number")
     failure = runs.cause(GONE, tmp_path, owner)
     assert (str(failure), failure.exit_code) == ("rank 0 ended: no number", 8)
+
+
+def test_a_second_run_of_one_process_has_a_log_of_its_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As in a notebook."""
+    log = logging.getLogger("ssl_dist.somewhere")
+    for name in ("first", "second"):
+        with runs.logged(tmp_path / name):
+            log.warning("said in the %s", name)
+        assert f"said in the {name}" in (tmp_path / name / "logs" / "rank-00000.log").read_text()
+    assert (tmp_path / "first" / "logs" / "rank-00000.log").read_text().count("said in") == 1
+    assert capsys.readouterr().err.count("said in the second") == 1
