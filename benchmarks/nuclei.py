@@ -30,19 +30,19 @@ from ssl_dist.eval.watershed import Rules, Strip
 from ssl_dist.eval.windows import apart
 
 ROOT = Path(__file__).resolve().parent.parent
-SETTINGS = ["data.form=maps", "data.query=", "data.part=0.2", "window=128", "margin=16", "fine=false", "width=8",
+SETTINGS = ["data.form=maps", "data.query=", "data.part=0.2", "window=128", "margin=16", "fine=false", "width=16",
             "kernel=3", "batches=[8,8]", "windows=4", "lr=2e-3", "baselines=[random]", "pictures=0", "write=[geojson]"]
-EPOCHS = 2, 10          # with the encoder frozen, and free
-DROP = 8
+EPOCHS = 4, 40          # with the encoder frozen, and free
+DROP = 16               # of them, and the learning rate is a tenth
 RULES = Rules(edge=0.3, smallest=10)
 ROWS = 512              # of a strip of the large region
 PATCH, PLANTED = 1000, 900          # pixels a side, and nuclei, of what it is made of
 
 
-def tissue(encoder: Path, seed: int, epochs: list[int], threads: int, home: Path) -> dict[str, Any]:
+def tissue(encoder: Path, seed: int, settings: list[str], threads: int, home: Path) -> dict[str, Any]:
     """The figures of one seed: which patients are asked about, and all that is drawn, are of it."""
     words = [f"encoder={encoder}", f"data.regions={measure.DATA / 'monuseg2018' / 'train'}", f"seed={seed}",
-             f"out={home}", f"epochs=[{epochs[0]},{epochs[1]}]", f"drop={DROP}", *SETTINGS]
+             f"out={home}", *settings]
     began, times = time.monotonic(), {}
 
     def progress(what: str, done: int, total: int) -> None:
@@ -111,19 +111,20 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--side", type=int, default=10_000)
     parser.add_argument("--epochs", type=int, nargs=2, default=EPOCHS, help="with the encoder frozen, and free")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="bf16: where a CPU has it")
     parser.add_argument("--threads", type=int, default=measure.CORES)
     told = parser.parse_args()
+    settings = [*SETTINGS, f"epochs={[*told.epochs]}", f"drop={DROP}", f"precision={told.precision}"]
     ellipses = runpy.run_path(str(ROOT / "tests" / "planted.py"))["ellipses"]
     found = measure.machine("scikit-image", "scipy", "timm") | {
-        "method": told.method, "threads": told.threads, "settings": [*SETTINGS, f"epochs={[*told.epochs]}",
-                                                                              f"drop={DROP}"]}
+        "method": told.method, "threads": told.threads, "settings": settings}
     found["large"] = large(ellipses, told.side)         # first: memory's peak is of the process
     found["planted"] = planted(ellipses, told.seeds)
     sys.stderr.write(f"{json.dumps(found['large'])}\n{json.dumps(found['planted'])}\n")
     found["tissue"] = []
     for seed in range(told.seeds if told.encoder else 0):
         with tempfile.TemporaryDirectory() as home:
-            found["tissue"].append(tissue(told.encoder, seed, told.epochs, told.threads, Path(home)))
+            found["tissue"].append(tissue(told.encoder, seed, settings, told.threads, Path(home)))
     print(measure.keep(found, "nuclei", draw, measure.RESULTS))        # noqa: T201
 
 

@@ -422,6 +422,30 @@ def mil() -> str:
         f"{found['load_before'][0]:.1f}), torch {found['versions']['torch']}, {found['date']}.")
 
 
+def chain() -> str:
+    """What the chain on painted nodes came to: the newest result file."""
+    found = _newest("chain_")
+    if not found:
+        return "Not measured yet."
+    rows = found["rows"]
+    models = ["deepmil", *rows[0]["baselines"]]
+    steps = list(rows[0]["lines"])
+    lines = [f"| nodes | {' | '.join(models)} | {' | '.join(f'{step}, s' for step in steps)} | all, min |",
+             "|---" * (2 + len(models) + len(steps)) + "|"]
+    for row in rows:
+        low, high = row["intervals"]["auroc"]
+        figures = [f"{100 * row['metrics']['auroc']:.0f} ({100 * low:.0f} to {100 * high:.0f})",
+                   *(f"{100 * row['baselines'][model]['auroc']:.0f}" for model in models[1:])]
+        cells = [*figures, *(f"{row['lines'][step]:.0f}" for step in steps), f"{row['seconds'] / 60:.1f}"]
+        lines.append(f"| seed {row['seed']} | {' | '.join(cells)} |")
+    counts = rows[0]["counts"]
+    return "\n".join(lines) + (
+        f"\n\nAUROC in % on {counts['queries']} painted slides, {counts['bank']} others learnt from; in brackets where "
+        "95 % of bootstraps lie. They show that the way is whole, and rank nothing. `python benchmarks/chain.py`; "
+        f"{found['cpu']}, {found['cpus']} cores (load {found['load_before'][0]:.1f} before), torch "
+        f"{found['versions']['torch']}, {found['date']}.")
+
+
 def gigassl() -> str:
     """What Giga-SSL takes and tells apart: the newest result file."""
     found = _newest("gigassl_")
@@ -574,7 +598,7 @@ def _read(path: Path) -> dict:
 
 PAGES = {"README.md": {"demo": demo, "learn": learn, "worth": worth, "mil": mil,
                        "segment": segment, "nuclei": nuclei, "tree": tree},
-         "docs/gigassl.md": {"gigassl": gigassl},
+         "docs/gigassl.md": {"gigassl": gigassl}, "docs/mil.md": {"chain": chain},
          "docs/measured.md": {"data": data, "stream": stream, "train": train, "start": start, "features": extract,
                               "embed": embed, "safety": safety, "kills": kills, "shard": shard}}
 

@@ -356,7 +356,8 @@ def _results(facts: Facts) -> str:
 
 def _asked(one: Evaluation) -> str:
     (bank, query, patients), (known, asked) = one.counts, one.splits
-    return (f"{', '.join(one.datasets)}: {known}, {bank:,} tiles → {asked}, {query:,}"
+    of, things = ("outlined regions", "regions") if one.regions else (", ".join(one.datasets), "tiles")
+    return (f"{of}: {known}, {bank:,} {things} → {asked}, {query:,}"
             + (f" of {_counted(patients, 'patient')}" if patients else "") + (", by a table" if one.table else ""))
 
 

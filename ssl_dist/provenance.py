@@ -22,10 +22,12 @@ from ssl_dist.models.encoder import Encoder
 
 LONGEST = 120           # letters of anybody's word: a card is to be read
 PROTOCOLS = {"knn": "kNN", "linear": "linear probe", "sgd": "linear layer, SGD", "finetune": "fine-tuned",
-             "low": "linear probe"}
+             "low": "linear probe", "nuclei": "nuclei, HoVer-Net", "semantic": "pixels, U-Net",
+             "segment": "maps against outlines"}
 # Of each kind of result what compares best; accuracy alone would flatter whoever guesses the commonest class.
 FIGURES = {"balanced_accuracy": "balanced accuracy", "auroc": "AUROC", "quadratic_kappa": "quadratic kappa",
-           "average_precision": "average precision", "r2": "R²", "spearman": "Spearman"}
+           "average_precision": "average precision", "r2": "R²", "spearman": "Spearman", "pq": "PQ", "aji": "AJI",
+           "dice": "Dice", "iou": "intersection over union"}
 HELD = {"patient": "patients held out", "slide": "slides held out", "site": "sites held out"}
 
 
@@ -60,8 +62,9 @@ class Evaluation:
     """One result of this very encoder."""
 
     protocol: str
+    regions: bool                                       # outlined ones, which come from a folder of any name
     datasets: list[str]
-    counts: tuple[int, int, int]                        # tiles of the bank and of the query; patients of the query
+    counts: tuple[int, int, int]                        # tiles or regions of bank and query; patients of the query
     splits: tuple[str, str]
     seen: dict[str, int] | None                         # of the query, in pretraining, by kind; None: nobody knows
     table: bool                                         # what was to be guessed is of a table of its owner's
@@ -69,8 +72,10 @@ class Evaluation:
 
     @property
     def listed(self) -> bool:
-        """Whether it may stand in a list of results: all labels known, of classes, and nothing seen in pretraining."""
-        return self.seen == {} and not any(labels or figure == "r2" for figure, labels, *_ in self.scores)
+        """Whether it may stand in a list of results: all labels known, of tiles' classes, and nothing seen in
+        pretraining."""
+        return not self.regions and self.seen == {} and not any(
+            labels or figure == "r2" for figure, labels, *_ in self.scores)
 
 
 @dataclass
@@ -179,8 +184,8 @@ def effort(account: Any) -> Effort:
 
 
 def evaluations(home: Path, sha256: str, known: dict[str, list[str]]) -> list[Evaluation]:
-    """The results on tiles in a folder that are of these weights; `known`: names of datasets by the fingerprint of
-    shards. What was asked about slides (mil) is of a model on top as well, and the report tells of it."""
+    """The results on tiles and on outlined regions in a folder that are of these weights; `known`: names of datasets by
+    the fingerprint of shards. What was asked about slides (mil) is of a model on top as well, and the report tells of it."""
     found = []
     for path in sorted(home.glob("*.json"), key=lambda each: each.stem):
         told = _json(path)
@@ -192,7 +197,8 @@ def evaluations(home: Path, sha256: str, known: dict[str, list[str]]) -> list[Ev
             query = printable(under(told, "asked", "query") or "all")
             counts = [int(_number(under(told, "counts", name)) or 0) for name in ("bank", "queries", "query_patients")]
             found.append(Evaluation(
-                _protocol(told), [name for each in shards for name in _names(each, known)],
+                _protocol(told), under(told, "counts", "of") == "regions",
+                [name for each in shards for name in _names(each, known)],
                 (counts[0], counts[1], counts[2]),
                 (printable(under(told, "asked", "bank") or "all"), HELD.get(query, query)),
                 {kind: int(count) for kind, count in seen.items() if count} if seen and None not in seen.values()

@@ -42,7 +42,6 @@ from ssl_dist.log import Clock, Ledger, Log
 from ssl_dist.methods.base import Method
 from ssl_dist.models.batchnorm import has_any, synchronise
 from ssl_dist.models.encoder import Encoder
-from ssl_dist.models.sparse import SlideEncoder
 from ssl_dist.watch import Watch
 
 logger = logging.getLogger(__name__)
@@ -375,19 +374,8 @@ def _tries(settings: Train, plan: Method, world: int, reader: Reader) -> None:
     if isinstance(encoder, Encoder):
         for size in sorted({view.size for view in plan.views if isinstance(view, View)}):
             encoder.tries(tiles, size)
-    if isinstance(encoder, SlideEncoder):
-        if len({(found.datasets[0].get("encoder_sha256"), found.settings.get("stage"))
-                for found in reader.indexes}) > 1:
-            raise ConfigError([f"{', '.join(map(str, reader.folders))} are draws by different encoders of tiles, or of "
-                               "different stages of one; draw them all alike"])
-        for home, found in zip(reader.folders, reader.indexes, strict=True):
-            if (width := found.datasets[0].get("width")) != encoder.tiles:
-                raise ConfigError([f"{home} holds vectors of {width} numbers, and the encoder takes {encoder.tiles}; "
-                                   f"use encoder.args.tiles={width}"])
-        try:
-            plan.begin()
-        except ValueError as error:
-            raise ConfigError([f"method.begin_as: {error}"]) from None
+    if found := plan.objections(dict(zip(map(str, reader.folders), reader.indexes, strict=True))):
+        raise ConfigError(found)
 
 
 def _imitated(settings: Train, device: torch.device) -> str:

@@ -239,6 +239,24 @@ def test_the_data_of_a_result_is_called_by_name_or_by_its_digest_and_never_by_it
     assert row["learnt from → asked about"].startswith("painted, shards abcdef012345: train")
 
 
+def test_what_was_asked_about_outlined_regions_is_told_in_the_text_and_is_in_no_list_of_results(shard: Path,
+                                                                                             tmp_path: Path) -> None:
+    home = exported([shard], tmp_path)
+    result(tmp_path, home, "nuclei", protocol="nuclei", shards=[], metrics={"pq": 0.5, "aji": 0.4, "f1_detection": 0.7},
+           intervals={"pq": [0.4, 0.6]}, baselines={"random": {"pq": 0.3}}, against={},
+           counts={"of": "regions", "bank": 24, "queries": 6, "query_patients": 5},
+           asked={"bank": "others", "query": "20% by patient", "regions": "/home/john/smith"})
+    told = Card(exported([shard], tmp_path))
+    both = {"protocol": "nuclei, HoVer-Net",
+            "learnt from → asked about": "outlined regions: others, 24 regions → 20% by patient, 6 of 5 patients"}
+    assert told.rows("protocol") == [
+        {**both, "figure": "PQ", "this encoder": "0.500 (0.400 to 0.600)", "untrained": "0.300", "remark": ""},
+        {**both, "figure": "AJI", "this encoder": "0.400", "untrained": "",
+         "remark": "too few patients for an interval"}]
+    assert "model-index" not in told.front
+    assert "john" not in told.body
+
+
 # ---- what must not be told, and what must not stop it
 
 def test_nobody_is_named(two: list[Path], tmp_path: Path) -> None:

@@ -129,13 +129,15 @@ def run(settings: Segment, device: torch.device, threads: int, progress: Progres
         "baselines": {name: {**protocol.figures(measure), **facts[name]} for name, measure in measures.items()},
         "against": {name: intervals.compared(_mean(dice_R2[:, 0]), measure, drawn)
                     for name, measure in measures.items()},
-        "counts": {"bank": len(bank), "queries": len(query), "shared_patients": 0},
+        "counts": {"of": "regions", "bank": len(bank), "queries": len(query), "shared_patients": 0,
+                   "query_patients": len({each.patient for each in known.query} - {protocol.UNKNOWN})},
         "curves": {"encoder": [look.row() for look in looks], "random": [look.row() for look in untrained]},
         "by_region": {name: [round(float(value), 4) for value in each]
                       for name, each in {"encoder": dice_R2[:, 0], **found}.items()},
         "regions": [each.name for each in known.query], "classes": [], "warnings": _doubts(known, seen), "pictures": [],
         "seen_in_pretraining": seen, "seen_by_baselines": {},
         "asked": {"regions": str(settings.regions), "form": settings.form, "every": settings.every,
+                  "bank": "others", "query": f"1 of {settings.every} patients",
                   "choose": settings.choose, "glance": settings.glance},
         "seed": settings.seed}
     path = protocol.place(out, settings.protocol, result)

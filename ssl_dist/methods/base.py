@@ -6,13 +6,14 @@ B tiles of one rank   N of all ranks   D width
 import copy
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from shards.index import Index
 from ssl_dist import dist
 from ssl_dist.data.batch import Batch, SlideView, View, each
 from ssl_dist.models.encoder import Encoder
@@ -33,6 +34,10 @@ class Method(nn.Module, ABC):
     def network(name: str, args: dict[str, Any], mean: tuple[float, ...], std: tuple[float, ...]) -> nn.Module:
         """The encoder that the settings ask for: timm's, unless the method has networks of its own."""
         return Encoder(name, args, mean, std)
+
+    def objections(self, shards: Mapping[str, Index]) -> list[str]:      # noqa: ARG002
+        """What speaks against learning from these folders like this; asked before the first step, without weights."""
+        return []
 
     def begin(self) -> None:
         """Before the first step of a run: weights that it does not begin with at random."""
