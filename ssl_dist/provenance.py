@@ -185,7 +185,8 @@ def effort(account: Any) -> Effort:
 
 def evaluations(home: Path, sha256: str, known: dict[str, list[str]]) -> list[Evaluation]:
     """The results on tiles and on outlined regions in a folder that are of these weights; `known`: names of datasets by
-    the fingerprint of shards. What was asked about slides (mil) is of a model on top as well, and the report tells of it."""
+    the fingerprint of shards. What was asked about slides (mil) is of a model on top as well, and the report tells of
+    it."""
     found = []
     for path in sorted(home.glob("*.json"), key=lambda each: each.stem):
         told = _json(path)
