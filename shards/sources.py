@@ -33,6 +33,10 @@ MICRONS = (0.05, 100.0)
 TCGA = re.compile(r"TCGA-([A-Z0-9]{2})-[A-Z0-9]{4}(?![A-Z0-9])")
 
 
+class NoSlides(ShardError):
+    """A place where no slide is."""
+
+
 @dataclass(frozen=True, slots=True)
 class Source:
     """One slide, image, or piece of an array, and what is known of it before it is opened."""
@@ -141,8 +145,8 @@ def _named(place: str, skip: str, suffixes: tuple[str, ...]) -> Iterator[tuple[P
         there += [(each, file) for each in matched if each.is_dir() and not each.with_suffix(".mrxs").is_file()
                   for file in files(each, suffixes, skip)]
     if not there:
-        raise ShardError(f"slides={place} names no slide (looked in {Path.cwd()}); name a folder, a file, or a pattern "
-                         f"such as '/data/*.svs', of files that end in {', '.join(SUFFIXES['slides'])}")
+        raise NoSlides(f"slides={place} names no slide (looked in {Path.cwd()}); name a folder, a file, or a pattern "
+                       f"such as '/data/*.svs', of files that end in {', '.join(SUFFIXES['slides'])}")
     yield from there
 
 

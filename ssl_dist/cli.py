@@ -590,14 +590,15 @@ def logs(run: Annotated[Path, typer.Argument(help="A run folder.")],
 @app.command(name="eval")
 @verb
 def evaluate(config: Config, overrides: Overrides = None, print_config: PrintConfig = False, dry_run: DryRun = False,
-             debug: Debug = False) -> None:    # noqa: ARG001
-    """Measure what an exported encoder is worth on labelled shards."""
+             debug: Debug = False) -> int:      # noqa: ARG001
+    """Measure what an exported encoder is worth on labelled shards, or take what was learnt to whole slides."""
     from ssl_dist import config as configs
     from ssl_dist import schema
 
     settings: Any = configs.load_eval(config, overrides or [])
     if print_config:
-        return say(schema.dump(settings).rstrip())
+        say(schema.dump(settings).rstrip())
+        return 0
     from ssl_dist import dist
     from ssl_dist.eval import protocol as shared
     from ssl_dist.eval import summary
@@ -609,13 +610,13 @@ def evaluate(config: Config, overrides: Overrides = None, print_config: PrintCon
             protocol, "allow", lambda *_: None)))
         for name, value in rehearse(settings).items():
             say(*(f"warning: {words}" for words in value) if name == "warnings" else (f"{name:20} {value}",))
-        return None
+        return 0
     with bars() as progress:
         threads = settings.threads or len(os.sched_getaffinity(0))
         device = dist.device(settings.device)
         result = shared.repeated(lambda one: protocol.run(one, device, threads, progress), settings)
     say(*summary.lines(result))
-    return None
+    return 3 if result.get("failed") else 0
 
 
 @app.command()

@@ -374,7 +374,8 @@ def _tries(settings: Train, plan: Method, world: int, reader: Reader) -> None:
     if isinstance(encoder, Encoder):
         for size in sorted({view.size for view in plan.views if isinstance(view, View)}):
             encoder.tries(tiles, size)
-    if found := plan.objections(dict(zip(map(str, reader.folders), reader.indexes, strict=True))):
+    if found := plan.objections({str(home): {**index.settings, **index.datasets[0]}
+                                 for home, index in zip(reader.folders, reader.indexes, strict=True)}):
         raise ConfigError(found)
 
 

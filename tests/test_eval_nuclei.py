@@ -4,6 +4,7 @@ kept."""
 import json
 import runpy
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -83,6 +84,15 @@ def test_the_network_that_is_kept_finds_the_same_on_the_picture_again(home: Path
     rows = (home / "outlines" / f"{picture.stem}.csv").read_text().splitlines()
     assert len(rows) == 1 + found["counts"]["nuclei"] and rows[0].startswith("number,x,y,pixels,type")
     assert "nuclei of 1 slides" in next(iter(summary.lines(found)))
+    files = [home / "outlines" / f"{picture.stem}.{form}" for form in ("npy", "geojson", "csv")]
+    written = [each.stat().st_mtime_ns for each in files]
+    more = replace(settings, slides=[*settings.slides, str(home / "broken.png")])
+    (home / "broken.png").write_bytes(picture.read_bytes()[:1000])
+    both = outline.run(more, CPU, 1, lambda *_: None)
+    assert both["failed"] == ["broken"] and both["slides"] == found["slides"]
+    assert [each.stat().st_mtime_ns for each in files] == written, "what is done is not done again"
+    outline.run(replace(settings, precision="bf16"), CPU, 1, lambda *_: None)
+    assert all(each.stat().st_mtime_ns > before for each, before in zip(files, written, strict=True))
 
 
 def test_a_slide_is_outlined_in_level_0_pixels_at_the_resolution_that_was_learnt(home: Path, result: dict,      # noqa: ARG001

@@ -2,6 +2,7 @@
 the protocol over a run, on painted squares."""
 
 import json
+import os
 import runpy
 import shutil
 from pathlib import Path
@@ -15,7 +16,7 @@ from scipy import ndimage
 
 from shards import tiff, write
 from shards.annotation import inside
-from ssl_dist import checkpoint, config, train
+from ssl_dist import checkpoint, cli, config, train
 from ssl_dist.eval import blobs, confidence, pieces, segment
 from ssl_dist.eval.segment import Look
 from ssl_dist.eval.settings import Confidence, Segment
@@ -271,6 +272,43 @@ def test_a_whole_slide_is_mapped_in_its_own_coordinates(home: Path, slides: Path
                for ring in each["geometry"]["coordinates"] for corner in ring]
     if corners:
         assert max(map(max, corners)) <= 1024 + 2
+
+
+def test_a_broken_picture_costs_itself_alone_and_what_is_done_is_not_done_again(
+        home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    whole = sorted((home / "regions" / "images").glob("*.png"))[:3]
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for path in whole:
+        shutil.copy(path, pictures)
+    broken = pictures / whole[1].name
+    broken.write_bytes(whole[1].read_bytes()[:2000])
+    drawn: list[str] = []
+    monkeypatch.setattr(confidence, "_mapped", lambda source, *more, own=confidence._mapped: (
+        drawn.append(source.slide), own(source, *more))[1])
+
+    def call(*words: str) -> dict:
+        drawn.clear()
+        with pytest.raises(SystemExit) as ended:
+            cli.evaluate("eval/confidence", [f"encoder={home / 'run' / 'encoder'}", f"slides=[{pictures}]", "number=1",
+                                             f"out={tmp_path / 'maps'}", "device=cpu", "write=[png,geojson]", *words])
+        result = json.loads((tmp_path / "maps" / "confidence.json").read_text())
+        assert ended.value.code == (3 if result["failed"] else 0)
+        return result
+
+    first = call()
+    assert first["failed"] == [broken.stem] and first["counts"]["slides"] == 2
+    assert f"{broken.stem} cannot be read, and has no files" in capsys.readouterr().out
+    assert call()["slides"] == first["slides"] and drawn == [broken.stem], "it is tried again, and nothing else"
+    shutil.copy(whole[1], broken)
+    assert call()["failed"] == [] and drawn == [broken.stem]
+    assert call("smallest=3")["failed"] == [] and len(drawn) == 3, "outlined otherwise"
+    (tmp_path / "maps" / f"{whole[2].stem}.geojson").unlink()
+    assert call("smallest=3")["failed"] == [] and drawn == [whole[2].stem], "a file has gone"
+    os.utime(pictures / whole[0].name, ns=(1, 1))
+    broken.write_bytes(b"nothing")
+    assert call("smallest=3")["failed"] == [broken.stem] and drawn == [whole[0].stem, broken.stem], "of other files"
+    assert not list((tmp_path / "maps").glob(f"{broken.stem}*")), "no map of what it was before"
 
 
 def test_which_class_is_drawn_is_asked_for_where_nobody_has_chosen(home: Path, tmp_path: Path) -> None:

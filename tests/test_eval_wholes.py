@@ -53,6 +53,8 @@ def test_slides_and_pictures_are_found_by_folder_and_two_of_one_name_are_refused
     assert len(wholes.found([str(tmp_path / "b"), str(tmp_path / "b" / "y.png")])) == 2, "each once"
     with pytest.raises(ShardError, match="are both called 'x'"):
         wholes.found([str(tmp_path / "a"), str(tmp_path / "b")])
+    with pytest.raises(ShardError, match="would both be slide 'x'"):
+        wholes.found([str(tmp_path)])
     tiff.write_pyramid(tmp_path / "b" / "s.svs", synthetic.paint(0, 0, 0, size=512).pixels, 0.5, 87)
     assert [each.slide for each in wholes.found([str(tmp_path / "b")])] == ["s"], "where there are slides, those"
     with pytest.raises(ShardError, match="names no slide"):

@@ -28,6 +28,7 @@ from ssl_dist.eval import blobs, pieces, protocol, segment, wholes
 from ssl_dist.eval.outlines import outlines
 from ssl_dist.eval.protocol import Progress
 from ssl_dist.eval.settings import Confidence
+from ssl_dist.eval.wholes import Whole
 from ssl_dist.models import encoder as encoders
 from ssl_dist.models.encoder import Encoder
 
@@ -41,9 +42,10 @@ def rehearse(settings: Confidence) -> dict[str, Any]:
     """All that can fail before a slide is looked at."""
     chosen = _chosen(settings)
     network, said = _network(settings, chosen)
+    found, doubts = _ready(settings)
     return {"protocol": settings.protocol, "class": f"{_number(settings, network, chosen)} of {network.classes()}",
-            "step": chosen.get("step", "as exported"), "slides": len(_ready(settings)), "out": str(settings.home),
-            "warnings": said}
+            "step": chosen.get("step", "as exported"), "slides": len(found), "out": str(settings.home),
+            "warnings": [*said, *doubts]}
 
 
 def run(settings: Confidence, device: torch.device, threads: int, progress: Progress) -> dict[str, Any]:
@@ -52,18 +54,23 @@ def run(settings: Confidence, device: torch.device, threads: int, progress: Prog
     chosen = _chosen(settings)
     network, said = _network(settings, chosen)
     network = network.eval().to(device)
-    number, found, rows = _number(settings, network, chosen), _ready(settings), []
-    out = folder.make(settings.home)
-    for source in found:
-        rows.append(_mapped(source, settings, network, number, out, functools.partial(progress, source.slide)))
+    number, (some, _) = _number(settings, network, chosen), _ready(settings)
+    out, sha256 = folder.make(settings.home), encoders.digest(settings.encoder)
+    step = chosen["step"] if chosen and not said else None
+    told = {"encoder": sha256, "step": step, "class": number, "mpp": settings.mpp, "slide_mpp": settings.slide_mpp,
+            "write": sorted(settings.write), "smallest": settings.smallest}
+    rows = wholes.rows(some, out, told, lambda source: _mapped(source, settings, network, number, out,
+                                                               functools.partial(progress, source.slide)),
+                       lambda source: [f"{source.slide}.{form}" for form in settings.write])
+    done, failed = [row for row in rows if "error" not in row], wholes.failed(rows)
     result: dict[str, Any] = {
         "protocol": settings.protocol, "size": 0, "class": number, "shards": [], "metrics": {}, "intervals": {},
-        **({"step": chosen["step"]} if chosen and not said else {}),
-        "encoder": {"path": settings.encoder, "architecture": network.name,
-                    "sha256": encoders.digest(settings.encoder)},
-        "baselines": {}, "against": {}, "seen_in_pretraining": {}, "classes": [], "warnings": said, "slides": rows,
-        "counts": {"slides": len(rows), "shared_patients": 0}, "seed": settings.seed,
-        "pictures": [f"{row['slide']}.png" for row in rows if "png" in settings.write],
+        **({} if step is None else {"step": step}),
+        "encoder": {"path": settings.encoder, "architecture": network.name, "sha256": sha256},
+        "baselines": {}, "against": {}, "seen_in_pretraining": {}, "classes": [], "slides": done,
+        "failed": failed["failed"], "warnings": [*said, *failed["warnings"]],
+        "counts": {"slides": len(done), "shared_patients": 0}, "seed": settings.seed,
+        "pictures": [f"{row['slide']}.png" for row in done if "png" in settings.write],
         "asked": {"slides": settings.slides, "class": number, "mpp": settings.mpp}}
     path = protocol.place(out, settings.protocol, result)
     result["written"] = str(path)
@@ -108,16 +115,16 @@ def _network(settings: Confidence, chosen: dict[str, Any]) -> tuple[Encoder, lis
     return segment.of_checkpoint(settings.encoder, home / "checkpoints" / checkpoint.name(chosen["step"])), []
 
 
-def _ready(settings: Confidence) -> list[Source]:
-    """The slides and pictures; refuses, before the first is read, one that could not be done."""
+def _ready(settings: Confidence) -> tuple[list[Source], list[str]]:
+    """The slides and pictures, and what is wrong with some; refuses, before the first is read, what cannot be done."""
+    def refuse(source: Source, whole: Whole) -> None:
+        pixels = whole.size[0] * whole.size[1]
+        if "geojson" in settings.write and pixels > OUTLINED:
+            raise ShardError(f"{source.slide} would have {pixels:,} pixels to outline, and {OUTLINED:,} are the "
+                             "most; use a coarser mpp=, or write=[png,tif]")
+
     found = wholes.found(settings.slides)
-    for source in found:
-        with wholes.opened(source, _mpp(settings), settings.slide_mpp) as whole:
-            pixels = whole.size[0] * whole.size[1]
-            if "geojson" in settings.write and pixels > OUTLINED:
-                raise ShardError(f"{source.slide} would have {pixels:,} pixels to outline, and {OUTLINED:,} are the "
-                                 "most; use a coarser mpp=, or write=[png,tif]")
-    return found
+    return found, wholes.tried(found, _mpp(settings), settings.slide_mpp, refuse)
 
 
 def _mpp(settings: Confidence) -> float:

@@ -1,5 +1,6 @@
 """A HoVer-Net that has learnt, in a folder: config.json and model.safetensors, with all that whole slides need."""
 
+import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +44,14 @@ def save(home: Path, network: HoverNet, classes: list[str], settings: Nuclei) ->
         "format": FORMAT, "network": "hovernet", "encoder": encoder.identity, "classes": classes,
         **{name: getattr(settings, name) for name in ("window", "margin", "mpp", "edge", "smallest", "fine", "width",
                                                       "kernel")}})
+
+
+def digest(home: Path) -> str:
+    """SHA-256 of both files."""
+    found = hashlib.sha256()
+    for name in ("config.json", "model.safetensors"):
+        found.update(hashlib.sha256((home / name).read_bytes()).digest())
+    return found.hexdigest()
 
 
 def load(home: Path) -> Network:

@@ -23,6 +23,7 @@ from ssl_dist.eval.networks import Network
 from ssl_dist.eval.protocol import Progress
 from ssl_dist.eval.settings import Outline
 from ssl_dist.eval.watershed import Parting, Rules
+from ssl_dist.eval.wholes import Whole
 
 MAP = 2**31             # pixels of the largest map of numbers that is written
 
@@ -30,41 +31,48 @@ MAP = 2**31             # pixels of the largest map of numbers that is written
 def rehearse(settings: Outline) -> dict[str, Any]:
     """Everything that can fail before a slide is read; what would be done."""
     network = networks.load(settings.network)
-    found = _ready(settings, network)
+    found, doubts = _ready(settings, network)
     return {"protocol": settings.protocol, "network": network.network.encoder.name, "slides": len(found),
-            "types": ", ".join(network.classes) or "none", "out": str(settings.home), "warnings": []}
+            "types": ", ".join(network.classes) or "none", "out": str(settings.home), "warnings": doubts}
 
 
 def run(settings: Outline, device: torch.device, threads: int, progress: Progress) -> dict[str, Any]:      # noqa: ARG001
     """The protocol: files a slide, and a result that counts what was found."""
     network = networks.load(settings.network)
     network.network.to(device)
-    out, rows = folder.make(settings.home), []
-    for source in _ready(settings, network):
-        rows.append(_slide(source, settings, network, device, out, partial(progress, source.slide)))
+    some, _ = _ready(settings, network)
+    out = folder.make(settings.home)
+    told = {"network": networks.digest(settings.network), "mpp": settings.mpp, "slide_mpp": settings.slide_mpp,
+            "write": sorted(settings.write), "precision": settings.precision}
+    rows = wholes.rows(some, out, told, lambda source: _slide(source, settings, network, device, out,
+                                                              partial(progress, source.slide)),
+                       lambda source: [f"{source.slide}.{form}" for form in (*settings.write, "csv")])
+    done, failed = [row for row in rows if "error" not in row], wholes.failed(rows)
     result = {
         "protocol": settings.protocol, "size": network.window, "network": str(settings.network), "shards": [],
         "encoder": {"path": str(settings.network), "architecture": network.network.encoder.name, "sha256": ""},
         "metrics": {}, "intervals": {}, "baselines": {}, "against": {}, "seen_in_pretraining": {}, "classes":
-        network.classes, "confusion": [], "pictures": [], "slides": rows, "warnings": [
-            f"{row['slide']}: {row['cut']} clumps of nuclei were too tall to wait for, and are parted where rows ended"
-            for row in rows if row["cut"]],
-        "counts": {"slides": len(rows), "nuclei": sum(row["nuclei"] for row in rows), "shared_patients": 0},
+        network.classes, "confusion": [], "pictures": [], "slides": done, "failed": failed["failed"], "warnings": [
+            *failed["warnings"],
+            *(f"{row['slide']}: {row['cut']} clumps of nuclei were too tall to wait for, and are parted where rows "
+              "ended" for row in done if row["cut"])],
+        "counts": {"slides": len(done), "nuclei": sum(row["nuclei"] for row in done), "shared_patients": 0},
         "asked": {"slides": settings.slides, "network": str(settings.network)}, "seed": settings.seed}
     path = protocol.place(out, settings.protocol, result)
     return dense.written(result, path)
 
 
-def _ready(settings: Outline, network: Network) -> list[Source]:
-    """The slides and pictures; refuses, before the first is read, one that could not be done."""
-    found = wholes.found(settings.slides)
+def _ready(settings: Outline, network: Network) -> tuple[list[Source], list[str]]:
+    """The slides and pictures, and what is wrong with some; refuses, before the first is read, what cannot be done."""
     maps = [form for form in settings.write if form != "geojson"]
-    for source in found:
-        with wholes.opened(source, settings.mpp or network.mpp, settings.slide_mpp) as whole:
-            if maps and whole.size[0] * whole.size[1] > MAP:
-                raise ShardError(f"a map of {source.slide} would have {whole.size[0] * whole.size[1]:,} pixels, and "
-                                 f"{MAP:,} are the most; use write=[geojson]")
-    return found
+
+    def refuse(source: Source, whole: Whole) -> None:
+        if maps and whole.size[0] * whole.size[1] > MAP:
+            raise ShardError(f"a map of {source.slide} would have {whole.size[0] * whole.size[1]:,} pixels, and "
+                             f"{MAP:,} are the most; use write=[geojson]")
+
+    found = wholes.found(settings.slides)
+    return found, wholes.tried(found, settings.mpp or network.mpp, settings.slide_mpp, refuse)
 
 
 def _slide(source: Source, settings: Outline, network: Network, device: torch.device, out: Path,

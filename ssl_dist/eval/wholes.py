@@ -1,19 +1,27 @@
-"""Slides and pictures that are mapped whole: found by folder, file or pattern, opened, and read at one resolution."""
+"""Slides and pictures that are mapped whole: found by folder, file or pattern, opened, and read at one resolution; each
+once, whatever becomes of the others.
 
-from collections.abc import Iterator
+    OUT/.done/SLIDE.json    of a slide that is done: its row, its files, and all that these were made by
+"""
+
+import json
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from shards import sources, tiles
+from shards import folder, sources, tiles
 from shards.index import ShardError
 from shards.settings import Settings
 from shards.slide import Picture, Slide, SlideError
-from shards.sources import Source
+from shards.sources import NoSlides, Source
 
 SLACK = 1.05            # by which a slide may be coarser than what is asked for
+DONE = ".done"
+UNREADABLE = SlideError, OSError
 
 
 @dataclass
@@ -38,10 +46,10 @@ def found(places: list[str]) -> list[Source]:
     for place in places:
         try:
             some += sources.named([place], reading)
-        except ShardError as error:
+        except NoSlides as error:
             try:
                 some += sources.named([place], reading, sources.SUFFIXES["regions"])
-            except ShardError:
+            except NoSlides:
                 raise error from None
     names: dict[str, str] = {}
     for each in some:
@@ -74,3 +82,68 @@ def _opened(source: Source, slide_mpp: float | None) -> Slide | Picture:
             raise
         return tiles.picture(source, Settings(source=Path(), out=Path(), dataset="slides", kind="regions",
                                               slide_mpp=slide_mpp))
+
+
+def tried(some: list[Source], asked: float, slide_mpp: float | None,
+          refuse: Callable[[Source, Whole], None] = lambda *_: None) -> list[str]:
+    """Opens each before the first is mapped; what is wrong with those that cannot be read, unless it is all of them.
+    `refuse` raises what no slide could be done with."""
+    doubts: list[str] = []
+    for source in some:
+        try:
+            with opened(source, asked, slide_mpp) as whole:
+                refuse(source, whole)
+        except UNREADABLE as error:
+            doubts.append(f"{source.slide}: {error}")
+            if len(doubts) == len(some):
+                raise
+    return doubts
+
+
+def rows(some: list[Source], out: Path, told: dict[str, Any], do: Callable[[Source], dict[str, Any]],
+         files: Callable[[Source], list[str]]) -> list[dict[str, Any]]:
+    """A row a slide. What a call before has done of the same file and by all the same (`told`) is not done again; the
+    row of one that cannot be read is its error, and the next call tries it again."""
+    found = []
+    for source in some:
+        note = folder.make(out / DONE) / f"{source.slide}.json"
+        own = {**told, "file": _stamp(source.path)}
+        if (row := _noted(note, own, out)) is None:
+            note.unlink(missing_ok=True)
+            try:
+                row = do(source)
+            except UNREADABLE as error:
+                row = {"slide": source.slide, "error": str(error)}
+                for name in files(source):      # what an earlier call wrote was made otherwise, or of another file
+                    (out / name).unlink(missing_ok=True)
+            else:
+                folder.write_json(note, {"told": own, "files": files(source), "row": row})
+        found.append(row)
+    return found
+
+
+def _stamp(path: Path) -> list[Any]:
+    """Where a file lies, and what changes when it does; of a folder, where it lies."""
+    try:
+        known = path.stat()
+    except OSError:
+        return [str(path.absolute())]
+    return [str(path.absolute()), *([known.st_size, known.st_mtime_ns] if path.is_file() else [])]
+
+
+def _noted(note: Path, told: dict[str, Any], out: Path) -> dict[str, Any] | None:
+    """The row of a slide that is done, and whose files are there."""
+    try:
+        known = json.loads(note.read_text())
+        if known["told"] == json.loads(json.dumps(told)) and all((out / name).is_file() for name in known["files"]):
+            return dict(known["row"])
+    except (OSError, ValueError, TypeError, KeyError):
+        pass
+    return None
+
+
+def failed(told: list[dict[str, Any]]) -> dict[str, Any]:
+    """Of a result: the slides that could not be read, and a warning of each."""
+    broken = [row for row in told if "error" in row]
+    return {"failed": [row["slide"] for row in broken],
+            "warnings": [f"{row['slide']} cannot be read, and has no files: {row['error']}" for row in broken]}

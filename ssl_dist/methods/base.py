@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from shards.index import Index
 from ssl_dist import dist
 from ssl_dist.data.batch import Batch, SlideView, View, each
 from ssl_dist.models.encoder import Encoder
@@ -35,8 +34,9 @@ class Method(nn.Module, ABC):
         """The encoder that the settings ask for: timm's, unless the method has networks of its own."""
         return Encoder(name, args, mean, std)
 
-    def objections(self, shards: Mapping[str, Index]) -> list[str]:      # noqa: ARG002
-        """What speaks against learning from these folders like this; asked before the first step, without weights."""
+    def objections(self, shards: Mapping[str, Mapping[str, Any]]) -> list[str]:     # noqa: ARG002
+        """What speaks against learning like this from what folders say of their first dataset and how it was cut;
+        asked before the first step, of a method without weights."""
         return []
 
     def begin(self) -> None:

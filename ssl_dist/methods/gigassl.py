@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from shards.index import Index
 from ssl_dist import dist
 from ssl_dist.data.batch import Batch, SlideView
 from ssl_dist.methods import base
@@ -60,15 +59,14 @@ class Method(base.Method):
             raise encoders.EncoderError(f"encoder.name={name!r} with encoder.args={args} makes no encoder of slides "
                                         f"({error}); use sparse or mlp, with args={{tiles: 256, width: 512}}") from None
 
-    def objections(self, shards: Mapping[str, Index]) -> list[str]:
+    def objections(self, shards: Mapping[str, Mapping[str, Any]]) -> list[str]:
         """Draws that do not go together, that the encoder cannot take, or a beginning that does not fit."""
         found = []
-        if len({(index.datasets[0].get("encoder_sha256"), index.settings.get("stage"))
-                for index in shards.values()}) > 1:
-            found.append(f"{', '.join(shards)} are draws by different encoders of tiles, or of different "
-                         "stages of one; draw them all alike")
-        for home, index in shards.items():
-            if (width := index.datasets[0].get("width")) != self.encoder.tiles:
+        if len({(told.get("encoder_sha256"), told.get("stage")) for told in shards.values()}) > 1:
+            found.append(f"{', '.join(shards)} are draws by different encoders of tiles, or of different stages of "
+                         "one; draw them all alike")
+        for home, told in shards.items():
+            if (width := told.get("width")) != self.encoder.tiles:
                 found.append(f"{home} holds vectors of {width} numbers, and the encoder takes {self.encoder.tiles}; "
                              f"use encoder.args.tiles={width}")
         if self._begin_as:
