@@ -5,6 +5,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/ready
 SLURM  ?= /tmp/ssl-dist-slurm
+JOBS   ?= 2
 
 .PHONY: demo test test-faults bench learn lint readme slurm-up slurm-down clean
 
@@ -12,7 +13,7 @@ demo: $(READY)
 	@$(BIN)/ssl-dist demo
 
 test: $(READY) lint
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 test-faults: $(READY)
 	@$(BIN)/python -m pytest -m faults

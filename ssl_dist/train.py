@@ -116,7 +116,9 @@ def train(settings: Train, allowed: Sequence[str] = ()) -> int:
             reader = _reader(settings)
             dist.once(reader.verify)
             settings = config.with_steps(settings, _stream(settings, reader).steps_an_epoch)
-            _tries(settings, _plan(settings), dist.world(), reader)
+            plan = _plan(settings)
+            _tries(settings, plan, dist.world())
+            _refuses(plan, reader)
             if words := _imitated(settings, device):
                 _tell(f"warning: {words}")
             identity = _identity(settings, reader)
@@ -359,7 +361,7 @@ def _plan(settings: Train) -> Method:
         return build(settings)
 
 
-def _tries(settings: Train, plan: Method, world: int, reader: Reader) -> None:
+def _tries(settings: Train, plan: Method, world: int) -> None:
     """Refuses what the encoder would choke on at the first step."""
     tiles = config.rank_batch(settings, world) // settings.accumulate
     if settings.encoder.batchnorm == "synchronised":
@@ -374,6 +376,10 @@ def _tries(settings: Train, plan: Method, world: int, reader: Reader) -> None:
     if isinstance(encoder, Encoder):
         for size in sorted({view.size for view in plan.views if isinstance(view, View)}):
             encoder.tries(tiles, size)
+
+
+def _refuses(plan: Method, reader: Reader) -> None:
+    """Shards that the method cannot learn from."""
     if found := plan.objections({str(home): {**index.settings, **index.datasets[0]}
                                  for home, index in zip(reader.folders, reader.indexes, strict=True)}):
         raise ConfigError(found)
@@ -486,7 +492,8 @@ def rehearse(settings: Train, world: int, allowed: Sequence[str] = ()) -> dict[s
     stream = _stream(settings, reader)
     settings = config.with_steps(settings, stream.steps_an_epoch)
     method = _plan(settings)
-    _tries(settings, method, world, reader)
+    _tries(settings, method, world)
+    _refuses(method, reader)
     weights = sum(parameter.numel() for parameter in method.parameters())
     path = Path(settings.run)
     words = _imitated(settings, dist.device(settings.device))

@@ -5,10 +5,11 @@ import math
 import numpy as np
 import pytest
 import torch
+from skimage.color import rgb2hed
 from torch import Tensor
 
 from ssl_dist.methods import patches
-from ssl_dist.models.patches import LEVELS, LUMA, Grid, entropy, histograms, jensen_shannon, separation
+from ssl_dist.models.patches import LEVELS, LUMA, SHOWN, Grid, entropy, histograms, jensen_shannon, separation, shown
 
 GRID = Grid(5, 3)
 
@@ -38,6 +39,17 @@ def test_a_patch_is_its_pixels_and_its_mean_is_theirs() -> None:
                 assert float(means[tile, number, place]) == pytest.approx(float(own.mean()))
                 for at in (chosen == place).nonzero()[:, 0]:
                     assert torch.equal(cut[tile, number, at], own)
+
+
+def test_what_is_shown_is_light_what_tissue_takes_of_it_or_what_haematoxylin_takes() -> None:
+    light = torch.from_numpy(np.random.default_rng(0).integers(1, 256, (2, 3, 9, 7)) / 255)
+    own, ink, stain = (shown(light, how) for how in SHOWN)
+    assert float(own.min()) > 0 and torch.equal(ink, 1 - own) and torch.allclose(own, 0.05 + 0.95 * light)
+    # scikit-image has amounts in units of its darkest, a millionth of the light.
+    amount = rgb2hed(light.permute(0, 2, 3, 1).numpy())[..., 0] * -math.log(1e-6)
+    assert np.allclose(stain.numpy(), (1 - np.exp(-np.maximum(amount, 0)))[:, None], atol=1e-6)
+    assert float(shown(torch.ones(1, 3, 2, 2), "haematoxylin").abs().max()) == 0, "glass has none"
+    assert bool(shown(torch.zeros(1, 3, 2, 2), "haematoxylin").isfinite().all())
 
 
 def test_a_patch_is_seen_as_far_as_its_class_is_confident() -> None:

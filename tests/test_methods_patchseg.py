@@ -28,7 +28,7 @@ SAID = {"patch": 16, "stride": 8, "drawn": 6, "anchors": 4, "views": VIEW, "temp
 # How patches are drawn and compared, and of how many classes.
 CASES: dict[str, tuple[dict[str, Any], int]] = {
     "one class": (SAID, 1),
-    "three classes, as ink": ({**SAID, "ink": True, "sampler": "top", "top": 9}, 3),
+    "three classes, as ink": ({**SAID, "shown": "ink", "sampler": "top", "top": 9}, 3),
     "features": ({**SAID, "similarity": "features", "patch": 50, "stride": 7}, 2),
 }
 
@@ -160,7 +160,7 @@ def test_every_sampler_goes_with_every_similarity(sampler: str, similarity: str)
 
 def test_squares_of_ink_become_what_is_sought() -> None:
     """A few steps on ink on noise: the map of one class is higher where ink is than anywhere else."""
-    method = build({**SAID, "ink": True, "sampler": "top", "top": 6, "patch": 8, "stride": 4}, 3, torch.float32)
+    method = build({**SAID, "shown": "ink", "sampler": "top", "top": 6, "patch": 8, "stride": 4}, 3, torch.float32)
     optimizer = torch.optim.Adam(method.parameters(), lr=1e-2)
     for step in range(25):
         optimizer.zero_grad()

@@ -158,7 +158,7 @@ def test_whoever_goes_on_in_other_parts_is_told_the_two_numbers(tmp_path: Path) 
 
 
 def tried(settings: Train, world: int) -> None:
-    train._tries(settings, train._plan(settings), world, None)      # type: ignore[arg-type]
+    train._tries(settings, train._plan(settings), world)
 
 
 def test_views_that_the_network_does_not_take_are_refused_before_the_first_step() -> None:

@@ -28,8 +28,8 @@ from ssl_dist.eval.metrics import Measure
 from ssl_dist.eval.protocol import Progress
 from ssl_dist.eval.settings import Segment
 from ssl_dist.models import encoder as encoders
+from ssl_dist.models import patches
 from ssl_dist.models.encoder import Encoder
-from ssl_dist.models.fcnn import lifted
 from ssl_dist.models.patches import Grid, entropy, histograms, separation
 
 FLAT = 0.95             # of the largest separation: from there on it is held to be flat
@@ -94,15 +94,15 @@ def run(settings: Segment, device: torch.device, threads: int, progress: Progres
     """Looks at every checkpoint, chooses twice, and holds both against thresholds."""
     torch.set_num_threads(threads)
     known, out = halves(settings), folder.make(settings.home)
-    grid, ink = _seen_as(settings)
+    grid, shown = _seen_as(settings)
     bank, query = [_read(each, settings.glance) for each in known.bank], [_read(each) for each in known.query]
     looks: list[Look] = []
     for step, weights in (checkpoints := dict(_checkpoints(settings))).items():
-        looks += looked_at(_loaded(settings, weights).to(device), step, bank, grid, ink,
+        looks += looked_at(_loaded(settings, weights).to(device), step, bank, grid, shown,
                            functools.partial(progress, f"step {step}"))
     torch.manual_seed(settings.seed)
     network = encoders.build(settings.encoder).eval().to(device)
-    untrained = looked_at(network, 0, bank, grid, ink, functools.partial(progress, "untrained"))
+    untrained = looked_at(network, 0, bank, grid, shown, functools.partial(progress, "untrained"))
     curve = _curve(settings, network.classes())
     own, best, chance = (without_labels(looks, settings.choose, curve), max(looks, key=lambda look: look.bank),
                          without_labels(untrained, settings.choose))
@@ -161,7 +161,7 @@ def asked(encoder: Encoder, number: int, query: list[Known]) -> np.ndarray:
                      for there_HW, true_HW in maps])
 
 
-def looked_at(encoder: Encoder, step: int, bank: list[Known], grid: Grid, ink: bool,
+def looked_at(encoder: Encoder, step: int, bank: list[Known], grid: Grid, shown: str,
               progress: Callable[[int, int], None] = lambda *_: None) -> list[Look]:
     """A look at each class of a network's maps."""
     classes, rng = encoder.classes(), np.random.default_rng(0)
@@ -171,7 +171,7 @@ def looked_at(encoder: Encoder, step: int, bank: list[Known], grid: Grid, ink: b
         dices.append([blobs.dice(blobs.cleaned(each > blobs.SURE), true_HW) for each in maps_CHW])
         stain_HW = blobs.haematoxylin(picture_HW3)
         stains.append([_goes_with(each, stain_HW) for each in maps_CHW])
-        patches_CK3PP, sure_CK = _drawn(picture_HW3, maps_CHW, grid, ink, rng)
+        patches_CK3PP, sure_CK = _drawn(picture_HW3, maps_CHW, grid, shown, rng)
         seen.append(patches_CK3PP)
         sure.append(sure_CK)
         progress(number + 1, len(bank))
@@ -219,16 +219,16 @@ def _curve(settings: Segment, classes: int) -> Curve | None:
         if kept else None
 
 
-def _drawn(picture_HW3: np.ndarray, maps_CHW: np.ndarray, grid: Grid, ink: bool,
+def _drawn(picture_HW3: np.ndarray, maps_CHW: np.ndarray, grid: Grid, shown: str,
            rng: np.random.Generator) -> tuple[torch.Tensor, torch.Tensor]:
     """Patches (C, K, 3, P, P) of a picture as training sees them, and how sure the map is of each: drawn where it is
     sure, always the same."""
     maps_1CHW = torch.from_numpy(maps_CHW)[None]
-    light = lifted(pieces.light(picture_HW3))
+    light = patches.shown(pieces.light(picture_HW3), shown)
     sure_CG, known_CG = grid.means(maps_1CHW)[0], (1 - grid.means(entropy(maps_1CHW))[0]).clamp_min(1e-3)
     places_CK = torch.from_numpy(np.stack([rng.choice(len(own), DRAWN, p=own / own.sum())
                                            for own in known_CG.double().numpy()]))
-    return grid.seen(1 - light if ink else light, maps_1CHW, places_CK[None])[0], sure_CG.gather(1, places_CK)
+    return grid.seen(light, maps_1CHW, places_CK[None])[0], sure_CG.gather(1, places_CK)
 
 
 def _apart(patches_M3PP: torch.Tensor, sure_M: torch.Tensor) -> float:
@@ -289,10 +289,10 @@ def of_checkpoint(source: str, weights: Path) -> Encoder:
     return encoder.eval()
 
 
-def _seen_as(settings: Segment) -> tuple[Grid, bool]:
+def _seen_as(settings: Segment) -> tuple[Grid, str]:
     """Patches as the run saw them, where there is one."""
     if (home := run_of(settings.encoder)) is not None:
         method = config.load_train(str(home / "config.yaml"), []).method
-        if {"patch", "stride", "ink"} <= method.keys():
-            return Grid(method["patch"], method["stride"]), bool(method["ink"])
-    return Grid(settings.patch, settings.stride), False
+        if {"patch", "stride", "shown"} <= method.keys():
+            return Grid(method["patch"], method["stride"]), method["shown"]
+    return Grid(settings.patch, settings.stride), "light"

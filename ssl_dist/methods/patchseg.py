@@ -19,8 +19,8 @@ from ssl_dist.data.batch import Batch, View, each
 from ssl_dist.methods import base, patches
 from ssl_dist.methods.losses import wide
 from ssl_dist.models.encoder import Encoder
-from ssl_dist.models.fcnn import PATCH, Featuriser, lifted
-from ssl_dist.models.patches import Grid, histograms, separation
+from ssl_dist.models.fcnn import PATCH, Featuriser
+from ssl_dist.models.patches import SHOWN, Grid, histograms, separation, shown
 
 SEEDS = 2**62           # so many there are
 
@@ -38,8 +38,9 @@ class Config:
     top: int = field(default=50, metadata={"range": (1, 10**6), "help": "of sampler top: places of the class"})
     similarity: str = field(default="squares", metadata={"choices": tuple(patches.SIMILARITIES)})
     temperature: float = field(default=1.0, metadata={"range": (1e-4, 100), "help": "what similarities are divided by"})
-    ink: bool = field(default=False, metadata={"help": "patches are seen as what they take from white light: where the "
-                                                       "map is not confident there is glass, and not black"})
+    shown: str = field(default="light", metadata={"choices": SHOWN, "help": "of patches: their light; ink, what they "
+                                                  "take of it, so that where the map is not confident there is glass, "
+                                                  "and not black; or what their haematoxylin takes"})
     anchors: int = field(default=10, metadata={"range": (1, 10**4), "help": "patches of the class that all are held "
                                                                             "against"})
     apart: float = field(default=1.0, metadata={"range": (0, 1000), "help": "weight of several classes being unlike "
@@ -90,8 +91,7 @@ class Method(base.Method):
             maps_BCHW = wide(maps_BCHW)
             chances_BCX, chances_CA = self._chances(progress, len(maps_BCHW), maps_BCHW)
             drawn = self._drawn(maps_BCHW.detach(), chances_BCX)
-            shown_B3HW = lifted(pixels_BHW3.permute(0, 3, 1, 2).to(maps_BCHW.dtype) / 255)
-            shown_B3HW = 1 - shown_B3HW if config.ink else shown_B3HW
+            shown_B3HW = shown(pixels_BHW3.permute(0, 3, 1, 2).to(maps_BCHW.dtype) / 255, config.shown)
             seen_BCK3PP = config.grid.seen(shown_B3HW, maps_BCHW, drawn.places_NCK)
             compared_BCKX = seen_BCK3PP if self.featuriser is None else torch.stack(
                 [wide(self.featuriser(own.flatten(0, 1))).unflatten(0, own.shape[:2])
