@@ -98,7 +98,7 @@ def draw(found: dict[str, Any]) -> Any:
             pair = [row["baselines"]["random"].get(name, 0), row["metrics"].get(name, 0)]
             axis.plot([0, 1], pair, "o-", color="C0", lw=1, ms=4)
         axis.set(xticks=[0, 1], xticklabels=["untrained", "pretrained"], title={"pq": "PQ", "aji": "AJI"}.get(
-            name, "Dice"), xlim=(-0.3, 1.3), ylim=(0, None))
+            name, "Dice"), xlim=(-0.3, 1.3), ylim=(0, 1))
         axis.spines[["top", "right"]].set_visible(False)
     return figure
 

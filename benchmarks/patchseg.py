@@ -24,12 +24,12 @@ import readme
 import yaml
 
 from ssl_dist.eval import segment
-from ssl_dist.eval.settings import Segment
+from ssl_dist.eval.settings import CUTS, Segment
 
 REGIONS = measure.DATA / "monuseg2018" / "train"
 PICTURE = Path(__file__).resolve().parent.parent / "docs" / "segmentation.png"
 KEPT = ("metrics", "intervals", "baselines", "against", "counts", "curves", "by_region", "regions", "step", "class",
-        "chosen_by", "warnings")
+        "chosen_by", "cut", "warnings")
 
 
 def spent() -> float:
@@ -45,7 +45,7 @@ def timed(*words: object) -> dict[str, float]:
     return {"seconds": round(time.monotonic() - clock, 1), "cpu_seconds": round(spent() - before, 1)}
 
 
-def trained(recipe: str, seed: int, shards: Path, folder: Path) -> dict[str, Any]:
+def trained(recipe: str, seed: int, cut: str, shards: Path, folder: Path) -> dict[str, Any]:
     """One training and what came of it."""
     run, load = folder / f"{recipe}-{seed}", os.getloadavg()
     told = Segment(encoder=str(run / "encoder"), regions=REGIONS, form="maps")
@@ -53,7 +53,7 @@ def trained(recipe: str, seed: int, shards: Path, folder: Path) -> dict[str, Any
     spent_on = timed("train", f"pretrain/{recipe}", f"run={run}", f"data.shards=[{shards}]", f"data.only={known}",
                      f"seed={seed}", "device=cpu", "log.pictures=0")
     learn.ssl_dist("eval", "eval/segment", f"encoder={run / 'encoder'}", f"regions={REGIONS}", "form=maps",
-                   f"seed={seed}", "device=cpu")
+                   f"seed={seed}", f"cut={cut}", "device=cpu")
     result = json.loads((run / "eval" / "segment.json").read_text())
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return {"recipe": recipe, "seed": seed, **spent_on, "load_while": [*load, *os.getloadavg()],
@@ -90,6 +90,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--recipe", default="patchseg_small")
+    parser.add_argument("--cut", choices=CUTS, default="otsu", help="what of a map counts as there")
     parser.add_argument("--keep", type=Path, help="a folder for the runs; without it they go when the benchmark ends")
     told = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
@@ -98,7 +99,7 @@ def main() -> None:
         shards = folder / "monuseg"
         learn.ssl_dist("shard", "shards/regions", f"source={REGIONS / 'images'}", f"out={shards}", "dataset=monuseg")
         for seed in told.seeds:
-            result = {**measure.machine("scikit-image"), **trained(told.recipe, seed, shards, folder)}
+            result = {**measure.machine("scikit-image"), **trained(told.recipe, seed, told.cut, shards, folder)}
             path = measure.RESULTS / f"patchseg_{told.recipe}-{seed}_{datetime.now(UTC):%Y%m%dT%H%M%S}.json"
             path.write_text(json.dumps(result, indent=1) + "\n")
             draw(readme.segmented()).savefig(PICTURE, dpi=110)

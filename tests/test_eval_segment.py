@@ -13,24 +13,27 @@ import pytest
 import torch
 from PIL import Image
 from scipy import ndimage
+from skimage.color import hed_from_rgb, rgb2hed
+from skimage.filters import threshold_otsu
 
 from shards import tiff, write
 from shards.annotation import inside
 from ssl_dist import checkpoint, cli, config, train
 from ssl_dist.eval import blobs, confidence, pieces, segment
 from ssl_dist.eval.segment import Look
-from ssl_dist.eval.settings import Confidence, Segment
+from ssl_dist.eval.settings import CUTS, Confidence, Segment
 from ssl_dist.models import encoder as encoders
 from ssl_dist.models.encoder import Encoder
+from ssl_dist.models.fcnn import SEES, SPREAD
 
 one_thread = runpy.run_path(str(Path(__file__).with_name("small.py")))["one_thread"]
 CPU = torch.device("cpu")
-NETWORK = {"classes": 2, "dilations": [1, 2, 4], "own": True}
+NETWORK = {"classes": 2, "dilations": [1, 2, 4]}
 
 
-def network() -> Encoder:
+def network(sees: str = "colours") -> Encoder:
     torch.manual_seed(0)
-    found = Encoder("fcnn", NETWORK, (0.0,) * 3, (1.0,) * 3)
+    found = Encoder("fcnn", {**NETWORK, "sees": sees}, (0.0,) * 3, (1.0,) * 3)
     with torch.no_grad():
         for name, each in found.named_buffers():        # a BatchNorm that has seen something
             if "running_mean" in name:
@@ -44,9 +47,10 @@ def noise(height: int, width: int, seed: int = 0) -> np.ndarray:
 
 # ---- maps in pieces
 
+@pytest.mark.parametrize("sees", SEES)
 @pytest.mark.parametrize("side", [20, 31, 64, 1000])
-def test_a_map_in_pieces_is_the_map_of_one_pass(side: int) -> None:
-    encoder, picture = network(), noise(97, 71)
+def test_a_map_in_pieces_is_the_map_of_one_pass(side: int, sees: str) -> None:
+    encoder, picture = network(sees), noise(97, 71)
     alone = pieces.looked_at(encoder, picture)
     assert alone.std() > 0.01
     assert np.abs(pieces.whole(encoder, picture, side) - alone).max() < 1e-6
@@ -58,14 +62,31 @@ def test_pieces_without_their_rims_would_be_another_map() -> None:
     assert np.abs(pieces.whole(encoder, picture, 31) - pieces.looked_at(encoder, picture)).max() > 1e-3
 
 
+@pytest.mark.parametrize("cut", CUTS)
 @pytest.mark.parametrize("side", [40, 77])
-def test_what_is_there_does_not_depend_on_pieces_either(side: int) -> None:
+def test_what_is_there_does_not_depend_on_pieces_either(side: int, cut: str) -> None:
     encoder, picture = network(), noise(150, 130)
-
-    sure, there = confidence.mapped(pieces.of_picture(picture), encoder, 1, (150, 130), side=side)
+    sure, there = confidence.mapped(pieces.of_picture(picture), encoder, 1, (150, 130), cut, side=side)
     alone = pieces.looked_at(encoder, picture)[1]
     assert np.abs(sure.astype(int) - np.rint(255 * alone)).max() <= 1
-    assert np.array_equal(there, blobs.cleaned(alone > 0.5))
+    assert np.array_equal(there, blobs.cleaned(blobs.there(alone, picture, cut)))
+    if cut == "half":
+        assert np.array_equal(there, blobs.cleaned(alone > 0.5))
+
+
+def test_stains_are_seen_as_how_much_more_there_is_than_on_the_whole_picture() -> None:
+    """Against scikit-image, whose amounts are in units of a millionth of the light."""
+    picture = noise(40, 50)
+    picture[:, :20] = 250       # glass, which does not count
+    shown: list[torch.Tensor] = []
+    found = network("stains")
+    found.network.stem.register_forward_pre_hook(lambda _, given: shown.append(given[0]))
+    pieces.looked_at(found, picture)
+    amounts = rgb2hed(np.maximum(picture, 1) / 255) * -np.log(1e-6)
+    raw = np.log(np.maximum(picture, 1) / 255) @ hed_from_rgb * -1     # rgb2hed leaves out what is less than nothing
+    assert np.allclose(np.maximum(raw, 0), amounts, atol=1e-6)
+    seen = shown[0][0].permute(1, 2, 0).numpy() * SPREAD + raw[(picture < 0.9 * 255).any(axis=2)].mean(axis=0)
+    assert np.allclose(seen, raw, atol=1e-4)
 
 
 # ---- what is there
@@ -108,6 +129,22 @@ def test_otsu_parts_where_variance_within_is_least() -> None:
     levels = np.linspace(values.min() + 0.1, values.max() - 0.1, 500)
     best = min(levels, key=within)
     assert blobs.otsu(values) == pytest.approx(best, abs=(values.max() - values.min()) / blobs.BINS * 2)
+
+
+def test_a_map_is_cut_where_otsu_s_threshold_parts_the_logits_of_what_is_no_glass() -> None:
+    rng = np.random.default_rng(0)
+    logit = np.concatenate([rng.normal(-1, 0.5, 3000), rng.normal(3, 0.7, 1000)]).reshape(40, 100)
+    map_HW, picture = 1 / (1 + np.exp(-logit)), np.full((40, 100, 3), 200, np.uint8)
+    map_HW[:, 90:], picture[:, 90:] = 0.999, 240        # glass, of which a network might say anything
+    found = blobs.there(map_HW, picture, "otsu")[:, :90]
+    level = threshold_otsu(logit[:, :90], nbins=200)
+    assert np.mean(found == (logit[:, :90] > level)) > 0.995
+    assert blobs.dice(found, logit[:, :90] > 1) > 0.98 > blobs.dice(blobs.there(map_HW, picture, "half")[:, :90],
+                                                                   logit[:, :90] > 1)
+    assert np.array_equal(blobs.there(map_HW, picture, "half"), map_HW > 0.5)
+    nothing = np.zeros((9, 9))
+    assert not blobs.there(nothing, np.full((9, 9, 3), 255, np.uint8), "otsu").any(), "of glass alone"
+    assert not blobs.there(nothing, np.full((9, 9, 3), 100, np.uint8), "otsu").any(), "of one level alone"
 
 
 def squares(seed: int, ground: int = 220) -> tuple[np.ndarray, np.ndarray]:

@@ -7,13 +7,14 @@ H, W pixels   R regions
 import numpy as np
 
 from ssl_dist.data import opencv
+from ssl_dist.models.fcnn import GLASS
+from ssl_dist.models.stains import STAINS
 
 SURE = 0.5
 DISKS = 3, 1            # radii of the authors' opening and closing, in this order
 BINS = 256
-# Ruifrok and Johnston's haematoxylin, eosin and what is left: how much each takes of red, green and blue light. The
-# inverse of the matrix tells stains from densities.
-STAINS = np.array([[0.65, 0.70, 0.29], [0.07, 0.99, 0.11], [0.27, 0.57, 0.78]])
+LEVELS = 256            # of confidence
+HALF_A_LEVEL = 0.5 / (LEVELS - 1)       # of 0 and 1 there is no logit
 LUMA = np.array([0.299, 0.587, 0.114])
 
 
@@ -47,11 +48,40 @@ def grey(picture_HW3: np.ndarray) -> np.ndarray:
 def otsu(values_HW: np.ndarray) -> float:
     """The threshold that parts values best in two (Otsu 1979): their means lie furthest apart."""
     counts, edges = np.histogram(values_HW, BINS)
-    centres = (edges[:-1] + edges[1:]) / 2
+    return float(edges[1:][_parted(counts, (edges[:-1] + edges[1:]) / 2)])
+
+
+def _parted(counts: np.ndarray, values: np.ndarray) -> int:
+    """The last of the lower values, in order, so many of each."""
     below = np.cumsum(counts) / counts.sum()
-    sums = np.cumsum(counts * centres) / counts.sum()
+    sums = np.cumsum(counts * values) / counts.sum()
     apart = (sums[-1] * below - sums) ** 2 / np.maximum(below * (1 - below), 1e-12)
-    return float(edges[1:][apart.argmax()])
+    return int(apart.argmax())
+
+
+def levels(map_HW: np.ndarray) -> np.ndarray:
+    """Confidence from 0 to 1 in 256 steps, as it is written."""
+    return np.rint(255 * map_HW).astype(np.uint8)
+
+
+def counted(levels_HW: np.ndarray, picture_HW3: np.ndarray) -> np.ndarray:
+    """How many pixels have each level, glass left out."""
+    return np.bincount(levels_HW[(picture_HW3 < 255 * GLASS).any(axis=2)], minlength=LEVELS)
+
+
+def cut(counts_L: np.ndarray, how: str) -> int:
+    """The level that more than counts as there: half of all, or where Otsu's threshold parts the levels' logits, so
+    that a network may be surer of one picture than of another."""
+    if how == "half" or not counts_L.any():
+        return round(SURE * LEVELS) - 1
+    chance = np.clip(np.arange(LEVELS) / (LEVELS - 1), HALF_A_LEVEL, 1 - HALF_A_LEVEL)
+    return _parted(counts_L, np.log(chance / (1 - chance)))
+
+
+def there(map_HW: np.ndarray, picture_HW3: np.ndarray, how: str) -> np.ndarray:
+    """What a map holds to be there, not yet cleaned (H, W)."""
+    levels_HW = levels(map_HW)
+    return levels_HW > cut(counted(levels_HW, picture_HW3), how)
 
 
 class Threshold:

@@ -57,9 +57,10 @@ def run(settings: Confidence, device: torch.device, threads: int, progress: Prog
     number, (some, _) = _number(settings, network, chosen), _ready(settings)
     out, sha256 = folder.make(settings.home), encoders.digest(settings.encoder)
     step = chosen["step"] if chosen and not said else None
-    told = {"encoder": sha256, "step": step, "class": number, "mpp": settings.mpp, "slide_mpp": settings.slide_mpp,
-            "write": sorted(settings.write), "smallest": settings.smallest}
-    rows = wholes.rows(some, out, told, lambda source: _mapped(source, settings, network, number, out,
+    cut = settings.cut or chosen.get("cut", "half")
+    told = {"encoder": sha256, "step": step, "class": number, "cut": cut, "mpp": settings.mpp,
+            "slide_mpp": settings.slide_mpp, "write": sorted(settings.write), "smallest": settings.smallest}
+    rows = wholes.rows(some, out, told, lambda source: _mapped(source, settings, network, number, cut, out,
                                                                functools.partial(progress, source.slide)),
                        lambda source: [f"{source.slide}.{form}" for form in settings.write])
     done, failed = [row for row in rows if "error" not in row], wholes.failed(rows)
@@ -85,7 +86,8 @@ def _chosen(settings: Confidence) -> dict[str, Any]:
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             told = json.loads(path.read_text())
             if told["encoder"]["sha256"] == sha256:
-                return {"step": int(told["step"]), "class": int(told["class"]), "by": path.name}
+                return {"step": int(told["step"]), "class": int(told["class"]), "by": path.name,
+                        "cut": str(told.get("cut", "half"))}
     return {}
 
 
@@ -133,11 +135,11 @@ def _mpp(settings: Confidence) -> float:
     return settings.mpp or (float(trained[0]) if len(trained) == 1 else math.nan)
 
 
-def _mapped(source: Source, settings: Confidence, network: Encoder, number: int, out: Path,
+def _mapped(source: Source, settings: Confidence, network: Encoder, number: int, cut: str, out: Path,
             progress: Callable[[int, int], None]) -> dict[str, Any]:
     with wholes.opened(source, _mpp(settings), settings.slide_mpp) as whole:
         size, scale, mpp = whole.size, whole.scale, whole.asked
-        confidence_HW, there_HW = mapped(whole.read, network, number, size, progress)
+        confidence_HW, there_HW = mapped(whole.read, network, number, size, cut, progress)
     name = source.slide
     if "png" in settings.write:
         _small(confidence_HW, out / f"{name}.png")
@@ -150,23 +152,29 @@ def _mapped(source: Source, settings: Confidence, network: Encoder, number: int,
             **({} if objects is None else {"objects": objects})}
 
 
-def mapped(read: pieces.Read, network: Encoder, number: int, size: tuple[int, int],
+def mapped(read: pieces.Read, network: Encoder, number: int, size: tuple[int, int], cut: str = "half",
            progress: Callable[[int, int], None] = lambda *_: None, side: int = pieces.SIDE
            ) -> tuple[np.ndarray, np.ndarray]:
     """The confidence (H, W), 0 to 255, and what it holds to be there."""
     # Pages of which nothing is written take no memory: glass.
     confidence_HW, there_HW = np.zeros(size, np.uint8), np.zeros(size, bool)
-    colours_123 = pieces.colours(read, size)
-    cut = [*pieces.pieces(*size, network.reach() + blobs.cleaning_reach(), side)]
-    for done, piece in enumerate(cut, start=1):
+    colours_133 = pieces.colours(read, size)
+    counts_L = np.zeros(blobs.LEVELS, np.int64)
+    cut_up = [*pieces.pieces(*size, network.reach(), side)]
+    for done, piece in enumerate(cut_up, start=1):
         top, bottom, left, right = piece.seen
         pixels_HW3 = read(left, top, right - left, bottom - top)
-        if piece.kept(pixels_HW3.transpose(2, 0, 1)).min() < BLANK:
-            map_HW = pieces.looked_at(network, pixels_HW3, colours_123)[number]
-            own = slice(piece.top, piece.bottom), slice(piece.left, piece.right)
-            confidence_HW[own] = np.rint(255 * piece.kept(map_HW))
-            there_HW[own] = piece.kept(blobs.cleaned(map_HW > blobs.SURE))
-        progress(done, len(cut))
+        own_3HW = piece.kept(pixels_HW3.transpose(2, 0, 1))
+        if own_3HW.min() < BLANK:
+            levels_HW = blobs.levels(piece.kept(pieces.looked_at(network, pixels_HW3, colours_133)[number]))
+            confidence_HW[piece.top:piece.bottom, piece.left:piece.right] = levels_HW
+            counts_L += blobs.counted(levels_HW, own_3HW.transpose(1, 2, 0))
+        progress(done, len(cut_up))
+    level = blobs.cut(counts_L, cut)
+    for piece in pieces.pieces(*size, blobs.cleaning_reach(), side):
+        top, bottom, left, right = piece.seen
+        if (seen_HW := confidence_HW[top:bottom, left:right] > level).any():
+            there_HW[piece.top:piece.bottom, piece.left:piece.right] = piece.kept(blobs.cleaned(seen_HW))
     return confidence_HW, there_HW
 
 

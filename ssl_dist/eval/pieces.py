@@ -51,22 +51,22 @@ def light(pixels_HW3: np.ndarray) -> Tensor:
 
 
 @torch.inference_mode()
-def looked_at(encoder: Encoder, pixels_HW3: np.ndarray, colours_123: Tensor | None = None) -> np.ndarray:
-    """The maps (C, H, W) of what fits into memory at once; `colours_123`: of the whole that it is a piece of."""
+def looked_at(encoder: Encoder, pixels_HW3: np.ndarray, colours_133: Tensor | None = None) -> np.ndarray:
+    """The maps (C, H, W) of what fits into memory at once; `colours_133`: of the whole that it is a piece of."""
     device = next(encoder.parameters()).device
-    told = () if colours_123 is None else (colours_123.to(device),)
+    told = () if colours_133 is None else (colours_133.to(device),)
     return encoder(torch.tensor(pixels_HW3)[None].to(device), *told)[0].float().cpu().numpy()
 
 
 def colours(read: Read, size: tuple[int, int], side: int = SIDE) -> Tensor:
-    """The colours (1, 2, 3) of a picture, of all its pieces or of some that lie all over it."""
+    """The colours (1, 3, 3) of a picture, of all its pieces or of some that lie all over it."""
     cut = [*pieces(*size, 0, side)]
-    total_1233 = torch.zeros(1, 2, 3, 3, dtype=torch.float64)
+    total_1243 = torch.zeros(1, 2, 4, 3, dtype=torch.float64)
     # By lot, the same always: every so manieth could be of two columns alone.
     for number in np.random.default_rng(0).permutation(len(cut))[:SOME].tolist():
         own = cut[number]
-        total_1233 += fcnn.sums(light(read(own.left, own.top, own.right - own.left, own.bottom - own.top)))
-    return fcnn.spread_of(total_1233)
+        total_1243 += fcnn.sums(light(read(own.left, own.top, own.right - own.left, own.bottom - own.top)))
+    return fcnn.told_by(total_1243)
 
 
 def of_picture(picture_HW3: np.ndarray) -> Read:

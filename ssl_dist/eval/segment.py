@@ -1,9 +1,9 @@
 """Maps of confidence against outlines: no label decides anything, and beside it what labels would have chosen.
 
-A map is cut at 0.5 and cleaned, as the authors do; Dice is the mean over regions. Of a run every checkpoint that is
-kept is looked at: training has done its work when separation has grown and is flat, which needs no outlines; the
-authors' code takes the step and the class that are best on outlined regions. Those are the `bank` here, and the
-`query`, whole patients, decides nothing.
+A map is cut at 0.5, as the authors do, or where Otsu's threshold parts it, and cleaned; Dice is the mean over regions.
+Of a run every checkpoint that is kept is looked at: training has done its work when separation has grown and is flat,
+which needs no outlines; the authors' code takes the step and the class that are best on outlined regions. Those are
+the `bank` here, and the `query`, whole patients, decides nothing.
 
 C classes   H, W pixels   K patches of a region   R regions asked about
 """
@@ -98,17 +98,17 @@ def run(settings: Segment, device: torch.device, threads: int, progress: Progres
     bank, query = [_read(each, settings.glance) for each in known.bank], [_read(each) for each in known.query]
     looks: list[Look] = []
     for step, weights in (checkpoints := dict(_checkpoints(settings))).items():
-        looks += looked_at(_loaded(settings, weights).to(device), step, bank, grid, shown,
+        looks += looked_at(_loaded(settings, weights).to(device), step, bank, grid, shown, settings.cut,
                            functools.partial(progress, f"step {step}"))
     torch.manual_seed(settings.seed)
     network = encoders.build(settings.encoder).eval().to(device)
-    untrained = looked_at(network, 0, bank, grid, shown, functools.partial(progress, "untrained"))
+    untrained = looked_at(network, 0, bank, grid, shown, settings.cut, functools.partial(progress, "untrained"))
     curve = _curve(settings, network.classes())
     own, best, chance = (without_labels(looks, settings.choose, curve), max(looks, key=lambda look: look.bank),
                          without_labels(untrained, settings.choose))
-    dice_R2, best_R2 = (asked(_loaded(settings, checkpoints[look.step]).to(device), look.number, query)
+    dice_R2, best_R2 = (asked(_loaded(settings, checkpoints[look.step]).to(device), look.number, query, settings.cut)
                         for look in (own, best))
-    found = {"by_labels": best_R2[:, 0], "random": asked(network, chance.number, query)[:, 0]}
+    found = {"by_labels": best_R2[:, 0], "random": asked(network, chance.number, query, settings.cut)[:, 0]}
     facts: dict[str, dict[str, Any]] = {
         "by_labels": {"step": best.step, "class": best.number}, "random": {"class": chance.number}}
     for kind in ("otsu", "grey"):
@@ -120,7 +120,8 @@ def run(settings: Segment, device: torch.device, threads: int, progress: Progres
     measures = {name: _mean(each) for name, each in found.items()}
     drawn = intervals.drawings(np.array([each.patient or each.name for each in known.query]), settings.seed)
     result: dict[str, Any] = {
-        "protocol": settings.protocol, "size": 0, "step": own.step, "class": own.number, "chosen_by": settings.choose,
+        "protocol": settings.protocol, "size": 0, "step": own.step, "class": own.number,
+        "chosen_by": settings.choose, "cut": settings.cut,
         "encoder": {"path": settings.encoder, "architecture": encoders.build(settings.encoder).name,
                     "sha256": encoders.digest(settings.encoder)},
         "shards": [], "metrics": {**protocol.figures(_mean(dice_R2[:, 0])),
@@ -138,7 +139,7 @@ def run(settings: Segment, device: torch.device, threads: int, progress: Progres
         "seen_in_pretraining": seen, "seen_by_baselines": {},
         "asked": {"regions": str(settings.regions), "form": settings.form, "every": settings.every,
                   "bank": "others", "query": f"1 of {settings.every} patients",
-                  "choose": settings.choose, "glance": settings.glance},
+                  "choose": settings.choose, "cut": settings.cut, "glance": settings.glance},
         "seed": settings.seed}
     path = protocol.place(out, settings.protocol, result)
     result["written"] = str(path)
@@ -154,21 +155,22 @@ def _read(region: Region, glance: int = 0) -> Known:
     return found.image_HW3[own], found.instances_HW[own] > 0
 
 
-def asked(encoder: Encoder, number: int, query: list[Known]) -> np.ndarray:
+def asked(encoder: Encoder, number: int, query: list[Known], cut: str) -> np.ndarray:
     """Dice (R, 2) of a class's maps, cleaned and as they are."""
-    maps = [(pieces.whole(encoder, picture_HW3)[number] > blobs.SURE, true_HW) for picture_HW3, true_HW in query]
+    maps = [(blobs.there(pieces.whole(encoder, picture_HW3)[number], picture_HW3, cut), true_HW)
+            for picture_HW3, true_HW in query]
     return np.array([(blobs.dice(blobs.cleaned(there_HW), true_HW), blobs.dice(there_HW, true_HW))
                      for there_HW, true_HW in maps])
 
 
-def looked_at(encoder: Encoder, step: int, bank: list[Known], grid: Grid, shown: str,
+def looked_at(encoder: Encoder, step: int, bank: list[Known], grid: Grid, shown: str, cut: str,
               progress: Callable[[int, int], None] = lambda *_: None) -> list[Look]:
     """A look at each class of a network's maps."""
     classes, rng = encoder.classes(), np.random.default_rng(0)
     seen, sure, stains, dices = [], [], [], []
     for number, (picture_HW3, true_HW) in enumerate(bank):
         maps_CHW = pieces.whole(encoder, picture_HW3)
-        dices.append([blobs.dice(blobs.cleaned(each > blobs.SURE), true_HW) for each in maps_CHW])
+        dices.append([blobs.dice(blobs.cleaned(blobs.there(each, picture_HW3, cut)), true_HW) for each in maps_CHW])
         stain_HW = blobs.haematoxylin(picture_HW3)
         stains.append([_goes_with(each, stain_HW) for each in maps_CHW])
         patches_CK3PP, sure_CK = _drawn(picture_HW3, maps_CHW, grid, shown, rng)

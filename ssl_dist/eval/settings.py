@@ -10,6 +10,7 @@ from ssl_dist.models import ELSEWHERE, absent
 
 BASELINES = "random", "colours"
 CHANCE = "chance"       # the baseline of what has no encoder
+CUTS = "half", "otsu"    # where a map of confidence says that something is there: ssl_dist/eval/blobs.py
 MODELS = "mean", "weldon", "chowder", "deepmil", "clam", "transmil"      # of slides: ssl_dist/models/mil.py
 
 
@@ -489,6 +490,9 @@ class Segment(Protocol):
     choose: str = field(default="separation", metadata={
         "choices": ("separation", "haematoxylin"), "help": "which of several classes, without labels: the one that is "
         "furthest from all else, or that goes best with haematoxylin"})
+    cut: str = field(default="half", metadata={"choices": CUTS, "help": "what counts as there: more than half of "
+                                               "confidence, or more than where Otsu's threshold parts its logits, of "
+                                               "each picture for itself"})
     patch: int = field(default=50, metadata={"range": (2, 2048), "help": "pixels of patches by which separation is "
                                              "found, where an encoder lies in no run that says so"})
     stride: int = field(default=20, metadata={"range": (1, 2048), "help": "likewise, from a patch to the next"})
@@ -513,6 +517,8 @@ class Confidence(Protocol):
                                         "patterns such as '/data/*.svs', one or several"})
     number: int | None = field(default=None, metadata={"range": (0, 10**6), "help": "of the class that is drawn; null: "
                                                        "the one that eval/segment has chosen for this network"})
+    cut: str = field(default="", metadata={"choices": ("", *CUTS), "help": "what is outlined, as eval/segment has it; "
+                                           "empty: as eval/segment has judged this network, or half"})
     mpp: float | None = field(default=None, metadata={"range": (0.05, 100), "help": "microns per pixel of maps of "
                                                       "slides; null: as in training"})
     slide_mpp: float | None = field(default=None, metadata={"range": (0.05, 5), "help": "of slides that do not say"})

@@ -11,13 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ssl_dist.models import stains
 from ssl_dist.models.fcnn import lifted
 
 SHOWN = "light", "ink", "haematoxylin"
-# How much of haematoxylin, in natural optical density, a pixel's densities of red, green and blue tell of: a column of
-# the inverse of Ruifrok and Johnston's stains (.65 .70 .29, .07 .99 .11, .27 .57 .78).
-HAEMATOXYLIN = 1.87798274, -0.06590806, -0.60190736
-DARKEST = 1 / 255
 LUMA = 0.299, 0.587, 0.114
 LEVELS = 25             # of grey, in histograms
 TINY = 2.0**-100        # of nothing there is no logarithm, and none of its slope: the authors' is -100 at least
@@ -57,9 +54,8 @@ def shown(light_N3HW: Tensor, how: str) -> Tensor:
     """What patches show of light from 0 to 1: the light itself, none of it 0; `ink`, what tissue takes of it; or what
     its haematoxylin alone would take, of every colour alike."""
     if how == "haematoxylin":
-        density_N3HW = -light_N3HW.clamp_min(DARKEST).log()
-        amount_NHW = torch.einsum("nchw,c->nhw", density_N3HW, density_N3HW.new_tensor(HAEMATOXYLIN)).clamp_min(0)
-        return (1 - torch.exp(-amount_NHW))[:, None].expand(-1, 3, -1, -1)
+        amount_N1HW = stains.amounts(stains.density(light_N3HW))[:, :1].clamp_min(0)
+        return (1 - torch.exp(-amount_N1HW)).expand(-1, 3, -1, -1)
     return 1 - lifted(light_N3HW) if how == "ink" else lifted(light_N3HW)
 
 
