@@ -297,7 +297,7 @@ def _recipe(result: dict) -> dict:
     """All that decides what a run learns, but for the seed."""
     config = {key: result["config"][key] for key in ("data", "method", "encoder", "optim", "steps", "epochs", "samples",
                                                      "precision", "accumulate")}
-    return {**config, "data": {**config["data"], "shards": None}}
+    return {**config, "data": {**config["data"], "shards": None}, "cut": result.get("cut", "half")}
 
 
 def _mean(runs: Iterable[dict], protocol: str, what: str) -> tuple[float, float]:
@@ -530,7 +530,7 @@ def segment() -> str:
         f"threshold's map is cleaned (Otsu's on haematoxylin: {how[first['baselines']['otsu']['cleaned']]}; grey: "
         f"{how[first['baselines']['grey']['cleaned']]}). Untrained: the same network, its class chosen as here. The "
         "recipe was found on the training patients, with their outlines; the rule of when to stop was changed once "
-        "after a first result of seed 0, which is kept. Minutes: of training by the clock, beside "
+        f"after a first result of seed 0, which is kept. {_variants()}Minutes: of training by the clock, beside "
         f"other jobs (load {max(each['load_while'][3] for each in runs):.0f} at most), and what its processors' time "
         f"would be on two cores of its own. `python benchmarks/patchseg.py`; {first['cpu']}, {first['cpus']} cores, "
         "torch "
@@ -543,6 +543,27 @@ def segmented() -> dict[int, dict]:
     results = [_read(path) for path in sorted(_files("patchseg_"), key=lambda path: path.stem.rpartition("_")[2])]
     same = [each for each in results if _recipe(each) == _recipe(results[-1])]
     return {each["seed"]: each for each in sorted(same, key=lambda each: each["seed"])}
+
+
+def _variants() -> str:
+    """What else was asked about on the same patients, so that who reads knows what was chosen among."""
+    shown = {_as_seen(each) for each in segmented().values()}
+    found: dict[tuple[str, str, str], dict[int, float]] = {}
+    for path in sorted(_files("patchseg_"), key=lambda path: path.stem.rpartition("_")[2]):
+        each = _read(path)
+        if _as_seen(each) not in shown:
+            found.setdefault(_as_seen(each), {})[each["seed"]] = 100 * each["metrics"]["dice"]
+    several = [f"patches show {patches}, the network sees {sees}, cut at {cut}: {statistics.mean(own.values()):.1f}"
+               for (patches, sees, cut), own in found.items() if len(own) > 2]
+    return f"Variants that were asked about on the same six before, three seeds each ({'; '.join(several)}); on the " \
+        "training patients this one was level with the best of them. " if several else ""
+
+
+def _as_seen(result: dict) -> tuple[str, str, str]:
+    """What patches show, what the network sees, and where its maps are cut."""
+    method, args = result["config"]["method"], result["config"]["encoder"]["args"]
+    return (method.get("shown", "ink" if method.get("ink") else "light"),
+            args.get("sees", "colours" if args.get("own") else "light"), result.get("cut", "half"))
 
 
 def _newest(prefix: str) -> dict | None:
