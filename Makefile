@@ -13,7 +13,7 @@ demo: $(READY)
 	@$(BIN)/ssl-dist demo
 
 test: $(READY) lint
-	@$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 test-faults: $(READY)
 	@$(BIN)/python -m pytest -m faults

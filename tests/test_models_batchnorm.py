@@ -2,6 +2,7 @@
 
 import copy
 import runpy
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -118,6 +119,16 @@ def extent(values: Tensor) -> float:
     return max(1.0, float(values.abs().max()))
 
 
+@pytest.fixture
+def _two_threads() -> Iterator[None]:
+    """How torch rounds depends on them."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("_two_threads")
 @pytest.mark.parametrize("world", [2, 3])
 def test_ranks_together_do_what_torchs_batchnorm_does_on_the_whole_batch(world: int, ranked: dict) -> None:
     ranks = ranked[world]
