@@ -357,7 +357,7 @@ def _results(facts: Facts) -> str:
 def _asked(one: Evaluation) -> str:
     (bank, query, patients), (known, asked) = one.counts, one.splits
     of, things = ("outlined regions", "regions") if one.regions else (", ".join(one.datasets), "tiles")
-    return (f"{of}: {known}, {bank:,} {things} → {asked}, {query:,}"
+    return (f"{of}: {known}, {bank:,} {things} → {asked}, {query:,}" + " regions" * one.regions
             + (f" of {_counted(patients, 'patient')}" if patients else "") + (", by a table" if one.table else ""))
 
 

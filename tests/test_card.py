@@ -248,13 +248,21 @@ def test_what_was_asked_about_outlined_regions_is_told_in_the_text_and_is_in_no_
            asked={"bank": "others", "query": "20% by patient", "regions": "/home/john/smith"})
     told = Card(exported([shard], tmp_path))
     both = {"protocol": "nuclei, HoVer-Net",
-            "learnt from → asked about": "outlined regions: others, 24 regions → 20% by patient, 6 of 5 patients"}
+            "learnt from → asked about": "outlined regions: others, 24 regions → 20% by patient, 6 regions of 5 "
+                                         "patients"}
     assert told.rows("protocol") == [
         {**both, "figure": "PQ", "this encoder": "0.500 (0.400 to 0.600)", "untrained": "0.300", "remark": ""},
         {**both, "figure": "AJI", "this encoder": "0.400", "untrained": "",
          "remark": "too few patients for an interval"}]
     assert "model-index" not in told.front
     assert "john" not in told.body
+    for number, cut in ((1, "half"), (2, "otsu")):
+        result(tmp_path, home, f"segment-{number}", protocol="segment", shards=[], metrics={"dice": 0.7}, cut=cut,
+               step=40, **{"class": number}, baselines={}, against={},
+               counts={"of": "regions", "bank": 4, "queries": 1})
+    rows = [row["protocol"] for row in Card(exported([shard], tmp_path)).rows("protocol")]
+    assert rows[-2:] == ["maps against outlines, class 1 of step 40, cut at half",
+                         "maps against outlines, class 2 of step 40, cut at otsu"]
 
 
 # ---- what must not be told, and what must not stop it

@@ -126,6 +126,8 @@ def test_what_does_not_go_together_is_refused_before_the_first_step(made: Path, 
     with pytest.raises(config.ConfigError, match="different stages of one"):
         rehearsed(shards=(made, other))
     Encoder("resnet18", {"layers": [1, 1, 1, 1]}, (0.5,) * 3, (0.5,) * 3).save(tmp_path, 64, {})
+    with pytest.raises(config.ConfigError, match=r"method\.begin_as=timm:resnet18 is for encoder\.name=sparse"):
+        rehearsed("method.begin_as=timm:resnet18", "encoder.name=mlp")
     with pytest.raises(config.ConfigError, match=r"method\.begin_as: .*begins as layer4"):
         rehearsed(f"method.begin_as={tmp_path}")
     with pytest.raises(ShardError, match="asked for are draws of slides"):

@@ -56,6 +56,15 @@ def test_a_map_in_pieces_is_the_map_of_one_pass(side: int, sees: str) -> None:
     assert np.abs(pieces.whole(encoder, picture, side) - alone).max() < 1e-6
 
 
+@pytest.mark.parametrize("side", [20, 1000])
+def test_glass_has_no_confidence_wherever_pieces_lie(side: int) -> None:
+    picture = np.full((90, 80, 3), 240, np.uint8)
+    picture[:30, :25] = noise(30, 25) // 2
+    sure, there = confidence.mapped(pieces.of_picture(picture), network("stains"), 0, (90, 80), side=side)
+    assert sure[:30, :25].all() and not sure[30:].any() and not sure[:, 25:].any()
+    assert not there[40:].any() and not there[:, 35:].any()
+
+
 def test_pieces_without_their_rims_would_be_another_map() -> None:
     encoder, picture = network(), noise(97, 71)
     encoder.network.reach = 2
@@ -142,6 +151,8 @@ def test_a_map_is_cut_where_otsu_s_threshold_parts_the_logits_of_what_is_no_glas
     assert blobs.dice(found, logit[:, :90] > 1) > 0.98 > blobs.dice(blobs.there(map_HW, picture, "half")[:, :90],
                                                                    logit[:, :90] > 1)
     assert np.array_equal(blobs.there(map_HW, picture, "half"), map_HW > 0.5)
+    for flat in (np.full((9, 9), 0.2), np.linspace(0.45, 0.49, 81).reshape(9, 9)):
+        assert not blobs.there(flat, np.full((9, 9, 3), 100, np.uint8), "otsu").any(), "nothing to part"
     nothing = np.zeros((9, 9))
     assert not blobs.there(nothing, np.full((9, 9, 3), 255, np.uint8), "otsu").any(), "of glass alone"
     assert not blobs.there(nothing, np.full((9, 9, 3), 100, np.uint8), "otsu").any(), "of one level alone"
@@ -364,8 +375,11 @@ def test_maps_are_of_the_step_that_was_chosen_of_this_very_encoder(home: Path, t
     chosen = {"step": step, "class": 1, "encoder": {"sha256": encoders.digest(run / "encoder")}}
     (run / "eval" / "segment.json").write_text(json.dumps({**chosen, "encoder": {"sha256": "of another"}}))
     assert confidence._chosen(told) == {}, "weights that are no more"
-    (run / "eval" / "segment-2.json").write_text(json.dumps(chosen))
+    (run / "eval" / "segment-2.json").write_text(json.dumps({**chosen, "cut": "otsu"}))
+    (run / "eval" / "segment-3.json").write_text(json.dumps({**chosen, "class": 0}))
+    os.utime(run / "eval" / "segment-3.json", ns=(1, 1))
     found = confidence._chosen(told)
+    assert (found["cut"], found["by"]) == ("otsu", "segment-2.json"), "what was asked last"
     network, said = confidence._network(told, found)
     assert confidence._number(told, network, found) == 1 and not said
     weights = checkpoint.weights(run / "checkpoints" / checkpoint.name(step))

@@ -1,5 +1,6 @@
 """Slides and pictures that are mapped whole: each found once, and read where it says it lies."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ from PIL import Image
 from shards import synthetic, tiff
 from shards.index import ShardError
 from shards.slide import SlideError
+from shards.sources import Source
 from ssl_dist.eval import pieces, segment, wholes
 
 
@@ -82,3 +84,82 @@ def test_the_colours_of_a_large_picture_are_not_those_of_its_edges() -> None:
     (np.r_[np.full(5, -1.0), np.full(5, -0.1)], 6)])
 def test_a_separation_is_flat_somewhere_whatever_its_sign(values: np.ndarray, expected: int) -> None:
     assert segment.flat_from(np.arange(10), values) == expected
+
+
+# ---- each once
+
+def files(source: Source) -> list[str]:
+    return [f"{source.slide}.txt"]
+
+
+def done(out: Path, some: list[Source], broken: tuple[str, ...] = (), **told: object) -> tuple[list[dict], list[str]]:
+    """The rows of a call, and the slides that it looked at."""
+    looked: list[str] = []
+
+    def do(source: Source) -> dict:
+        looked.append(source.slide)
+        if source.slide in broken:
+            raise SlideError("torn")
+        (out / f"{source.slide}.txt").write_text(str(told))
+        return {"slide": source.slide, "made": len(looked)}
+
+    return wholes.rows(some, out, {"cut": 1, **told}, do, files), looked
+
+
+@pytest.fixture
+def three(tmp_path: Path) -> list[Source]:
+    for name in "abc":
+        picture(tmp_path / "own" / f"{name}.png")
+    return wholes.found([str(tmp_path / "own")])
+
+
+def test_a_slide_that_is_done_is_not_done_again_and_one_that_changed_is(three: list[Source], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    rows, looked = done(out, three, ("b",))
+    assert looked == ["a", "b", "c"] and rows[1] == {"slide": "b", "error": "torn"}
+    assert wholes.failed(rows)["failed"] == ["b"]
+    again, looked = done(out, three)
+    assert looked == ["b"] and (again[0], again[2]) == (rows[0], rows[2])
+    assert done(out, three)[1] == []
+    assert done(out, three, cut=2)[1] == ["a", "b", "c"], "in other words"
+    assert done(out, [replace(each, mpp=0.5) for each in three], cut=2)[1] == ["a", "b", "c"], "a table says otherwise"
+
+
+def test_no_file_of_an_earlier_call_stays_beside_what_is_made_otherwise(three: list[Source], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    more = [f"{each.slide}.{form}" for each in three for form in ("txt", "tif")]
+    for name in more:
+        (out / name).write_text("old")
+    wholes.rows(three, out, {"cut": 0}, lambda source: {"slide": source.slide},
+                lambda source: [f"{source.slide}.txt", f"{source.slide}.tif"])
+    for name in more:
+        (out / name).write_text("old")
+    done(out, three, ("a", "b", "c"))
+    assert sorted(each.name for each in out.iterdir()) == [".done"] and not list((out / ".done").iterdir())
+
+
+def test_a_disk_that_is_full_is_not_the_slide_s_failure(three: list[Source], tmp_path: Path) -> None:
+    looked: list[str] = []
+
+    def do(source: Source) -> dict:
+        looked.append(source.slide)
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space"):
+        wholes.rows(three, tmp_path, {}, do, files)
+    assert looked == ["a"]
+
+
+def test_a_slide_that_is_damaged_in_the_middle_is_one_that_cannot_be_read(tmp_path: Path) -> None:
+    """Not an error of whatever decoder met it."""
+    pixels = np.random.default_rng(0).integers(0, 256, (1024, 1024, 3), dtype=np.uint8)
+    tiff.write_pyramid(tmp_path / "s.svs", pixels, 0.5, 87)
+    content = bytearray((tmp_path / "s.svs").read_bytes())
+    content[100_000:400_000] = bytes(300_000)
+    (tmp_path / "s.svs").write_bytes(content)
+    (source,) = wholes.found([str(tmp_path)])
+    assert wholes.tried([source], 0.5, None) == []
+    with wholes.opened(source, 0.5, None) as whole, pytest.raises(SlideError, match="damaged near"):
+        whole.read(0, 0, 1024, 1024)

@@ -192,3 +192,10 @@ def test_networks_of_maps_and_of_vectors_are_not_taken_for_each_other(tmp_path: 
     with pytest.raises(EncoderError, match=r"encoder\.name=fcnn"):
         train.build(config.load_train("pretrain/patchseg", [f"data.shards=[{tmp_path}]", "encoder.name=resnet18",
                                                             "encoder.args={classes: null}"]))
+
+
+@pytest.mark.parametrize("args", [{"classes": 0}, {"dilations": [1, 0]}, {"dilations": [1.5]}, {"width": "8"},
+                                  {"sees": "smell"}])
+def test_a_network_of_maps_that_cannot_be_is_refused_in_words(args: dict[str, Any]) -> None:
+    with pytest.raises(Exception, match=r"classes=|is not one of light, colours, stains"):
+        Encoder("fcnn", args, (0.0,) * 3, (1.0,) * 3)

@@ -7,13 +7,14 @@ H, W pixels   R regions
 import numpy as np
 
 from ssl_dist.data import opencv
-from ssl_dist.models.fcnn import GLASS
+from ssl_dist.eval import pieces
 from ssl_dist.models.stains import STAINS
 
 SURE = 0.5
 DISKS = 3, 1            # radii of the authors' opening and closing, in this order
 BINS = 256
 LEVELS = 256            # of confidence
+APART = 1.0             # of logits: what lies closer together was not told apart
 HALF_A_LEVEL = 0.5 / (LEVELS - 1)       # of 0 and 1 there is no logit
 LUMA = np.array([0.299, 0.587, 0.114])
 
@@ -66,16 +67,21 @@ def levels(map_HW: np.ndarray) -> np.ndarray:
 
 def counted(levels_HW: np.ndarray, picture_HW3: np.ndarray) -> np.ndarray:
     """How many pixels have each level, glass left out."""
-    return np.bincount(levels_HW[(picture_HW3 < 255 * GLASS).any(axis=2)], minlength=LEVELS)
+    return np.bincount(levels_HW[pieces.tissue(picture_HW3)], minlength=LEVELS)
 
 
 def cut(counts_L: np.ndarray, how: str) -> int:
     """The level that more than counts as there: half of all, or where Otsu's threshold parts the levels' logits, so
-    that a network may be surer of one picture than of another."""
+    that a network may be surer of one picture than of another. Where the two parts are nearly one, half."""
+    half = round(SURE * LEVELS) - 1
     if how == "half" or not counts_L.any():
-        return round(SURE * LEVELS) - 1
+        return half
     chance = np.clip(np.arange(LEVELS) / (LEVELS - 1), HALF_A_LEVEL, 1 - HALF_A_LEVEL)
-    return _parted(counts_L, np.log(chance / (1 - chance)))
+    logit_L = np.log(chance / (1 - chance))
+    level = _parted(counts_L, logit_L)
+    below, above = (counts_L[own] @ logit_L[own] / max(1, counts_L[own].sum()) for own in (
+        slice(level + 1), slice(level + 1, None)))
+    return level if counts_L[level + 1:].any() and above - below > APART else half
 
 
 def there(map_HW: np.ndarray, picture_HW3: np.ndarray, how: str) -> np.ndarray:

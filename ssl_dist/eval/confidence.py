@@ -27,12 +27,11 @@ from ssl_dist import checkpoint
 from ssl_dist.eval import blobs, pieces, protocol, segment, wholes
 from ssl_dist.eval.outlines import outlines
 from ssl_dist.eval.protocol import Progress
-from ssl_dist.eval.settings import Confidence
+from ssl_dist.eval.settings import CUTS, Confidence
 from ssl_dist.eval.wholes import Whole
 from ssl_dist.models import encoder as encoders
 from ssl_dist.models.encoder import Encoder
 
-BLANK = 235             # of every channel: a piece that is nowhere darker is glass
 OUTLINED = 2**28        # pixels of the largest map that is outlined: a gigabyte of numbers
 LONGEST = 4096          # pixels of a side of the small picture
 INK = [230, 30, 30]
@@ -44,6 +43,7 @@ def rehearse(settings: Confidence) -> dict[str, Any]:
     network, said = _network(settings, chosen)
     found, doubts = _ready(settings)
     return {"protocol": settings.protocol, "class": f"{_number(settings, network, chosen)} of {network.classes()}",
+            "cut": settings.cut or chosen.get("cut", "half"), "chosen by": chosen.get("by", "nobody"),
             "step": chosen.get("step", "as exported"), "slides": len(found), "out": str(settings.home),
             "warnings": [*said, *doubts]}
 
@@ -66,9 +66,9 @@ def run(settings: Confidence, device: torch.device, threads: int, progress: Prog
     done, failed = [row for row in rows if "error" not in row], wholes.failed(rows)
     result: dict[str, Any] = {
         "protocol": settings.protocol, "size": 0, "class": number, "shards": [], "metrics": {}, "intervals": {},
-        **({} if step is None else {"step": step}),
+        "cut": cut, **({} if step is None else {"step": step}), **({"chosen_by": chosen["by"]} if chosen else {}),
         "encoder": {"path": settings.encoder, "architecture": network.name, "sha256": sha256},
-        "baselines": {}, "against": {}, "seen_in_pretraining": {}, "classes": [], "slides": done,
+        "baselines": {}, "against": {}, "seen_in_pretraining": None, "classes": [], "slides": done,
         "failed": failed["failed"], "warnings": [*said, *failed["warnings"]],
         "counts": {"slides": len(done), "shared_patients": 0}, "seed": settings.seed,
         "pictures": [f"{row['slide']}.png" for row in done if "png" in settings.write],
@@ -80,15 +80,17 @@ def run(settings: Confidence, device: torch.device, threads: int, progress: Prog
 
 
 def _chosen(settings: Confidence) -> dict[str, Any]:
-    """What eval/segment chose of this very encoder's run: step and class; nothing where it was not asked."""
-    sha256 = encoders.digest(settings.encoder)
-    for path in sorted((Path(settings.encoder).parent / "eval").glob("segment*.json")):
+    """What eval/segment chose of this very encoder's run, when it was asked last: step, class and cut; nothing where it
+    was not asked."""
+    sha256, found = encoders.digest(settings.encoder), []
+    for path in (Path(settings.encoder).parent / "eval").glob("segment*.json"):
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             told = json.loads(path.read_text())
             if told["encoder"]["sha256"] == sha256:
-                return {"step": int(told["step"]), "class": int(told["class"]), "by": path.name,
-                        "cut": str(told.get("cut", "half"))}
-    return {}
+                found.append((path.stat().st_mtime_ns, {
+                    "step": int(told["step"]), "class": int(told["class"]), "by": path.name,
+                    "cut": told["cut"] if told.get("cut") in CUTS else "half"}))
+    return max(found, key=lambda each: each[0])[1] if found else {}
 
 
 def _number(settings: Confidence, network: Encoder, chosen: dict[str, Any]) -> int:
@@ -164,11 +166,11 @@ def mapped(read: pieces.Read, network: Encoder, number: int, size: tuple[int, in
     for done, piece in enumerate(cut_up, start=1):
         top, bottom, left, right = piece.seen
         pixels_HW3 = read(left, top, right - left, bottom - top)
-        own_3HW = piece.kept(pixels_HW3.transpose(2, 0, 1))
-        if own_3HW.min() < BLANK:
+        own_HW3 = piece.kept(pixels_HW3.transpose(2, 0, 1)).transpose(1, 2, 0)
+        if pieces.tissue(own_HW3).any():
             levels_HW = blobs.levels(piece.kept(pieces.looked_at(network, pixels_HW3, colours_133)[number]))
             confidence_HW[piece.top:piece.bottom, piece.left:piece.right] = levels_HW
-            counts_L += blobs.counted(levels_HW, own_3HW.transpose(1, 2, 0))
+            counts_L += blobs.counted(levels_HW, own_HW3)
         progress(done, len(cut_up))
     level = blobs.cut(counts_L, cut)
     for piece in pieces.pieces(*size, blobs.cleaning_reach(), side):

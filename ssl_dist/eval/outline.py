@@ -51,7 +51,7 @@ def run(settings: Outline, device: torch.device, threads: int, progress: Progres
     result = {
         "protocol": settings.protocol, "size": network.window, "network": str(settings.network), "shards": [],
         "encoder": {"path": str(settings.network), "architecture": network.network.encoder.name, "sha256": ""},
-        "metrics": {}, "intervals": {}, "baselines": {}, "against": {}, "seen_in_pretraining": {}, "classes":
+        "metrics": {}, "intervals": {}, "baselines": {}, "against": {}, "seen_in_pretraining": None, "classes":
         network.classes, "confusion": [], "pictures": [], "slides": done, "failed": failed["failed"], "warnings": [
             *failed["warnings"],
             *(f"{row['slide']}: {row['cut']} clumps of nuclei were too tall to wait for, and are parted where rows "

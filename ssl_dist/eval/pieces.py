@@ -52,10 +52,18 @@ def light(pixels_HW3: np.ndarray) -> Tensor:
 
 @torch.inference_mode()
 def looked_at(encoder: Encoder, pixels_HW3: np.ndarray, colours_133: Tensor | None = None) -> np.ndarray:
-    """The maps (C, H, W) of what fits into memory at once; `colours_133`: of the whole that it is a piece of."""
+    """The maps (C, H, W) of what fits into memory at once, 0 where there is glass; `colours_133`: of the whole that it
+    is a piece of."""
     device = next(encoder.parameters()).device
     told = () if colours_133 is None else (colours_133.to(device),)
-    return encoder(torch.tensor(pixels_HW3)[None].to(device), *told)[0].float().cpu().numpy()
+    maps_CHW = encoder(torch.tensor(pixels_HW3)[None].to(device), *told)[0].float().cpu().numpy()
+    maps_CHW[:, ~tissue(pixels_HW3)] = 0
+    return maps_CHW
+
+
+def tissue(pixels_HW3: np.ndarray) -> np.ndarray:
+    """Where a picture is no glass (H, W)."""
+    return np.asarray((pixels_HW3 < 255 * fcnn.GLASS).any(axis=2))
 
 
 def colours(read: Read, size: tuple[int, int], side: int = SIDE) -> Tensor:

@@ -138,7 +138,7 @@ def run(settings: Segment, device: torch.device, threads: int, progress: Progres
         "regions": [each.name for each in known.query], "classes": [], "warnings": _doubts(known, seen), "pictures": [],
         "seen_in_pretraining": seen, "seen_by_baselines": {},
         "asked": {"regions": str(settings.regions), "form": settings.form, "every": settings.every,
-                  "bank": "others", "query": f"1 of {settings.every} patients",
+                  "bank": "others", "query": f"every={settings.every}",
                   "choose": settings.choose, "cut": settings.cut, "glance": settings.glance},
         "seed": settings.seed}
     path = protocol.place(out, settings.protocol, result)

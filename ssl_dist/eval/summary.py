@@ -15,6 +15,9 @@ def lines(result: dict[str, Any]) -> Iterator[str]:
             f"{by} {each['neighbours']:.0%} (by chance {each['chance']:.0%})" for by, each in result["same"].items())
     elif result["protocol"] == "outline":
         yield "{nuclei:,} nuclei of {slides} slides".format(**counts)
+    elif result["protocol"] == "confidence":
+        yield "{slides} slides, class {number}, cut at {cut}".format(**counts, number=result["class"],
+                                                                     cut=result["cut"])
     else:
         yield from _figures(result)
     for words in result["warnings"]:

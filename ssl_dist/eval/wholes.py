@@ -6,7 +6,7 @@ once, whatever becomes of the others.
 
 import json
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,6 @@ from shards.sources import NoSlides, Source
 
 SLACK = 1.05            # by which a slide may be coarser than what is asked for
 DONE = ".done"
-UNREADABLE = SlideError, OSError
 
 
 @dataclass
@@ -35,7 +34,8 @@ class Whole:
 
     def read(self, left: int, top: int, wide: int, high: int) -> np.ndarray:
         """Pixels (high, wide, 3) of the map's own grid."""
-        return self.slide.region(round(left * self.scale), round(top * self.scale), (wide, high), self.asked)
+        with _readable(self.slide.path):
+            return self.slide.region(round(left * self.scale), round(top * self.scale), (wide, high), self.asked)
 
 
 def found(places: list[str]) -> list[Source]:
@@ -50,7 +50,7 @@ def found(places: list[str]) -> list[Source]:
             try:
                 some += sources.named([place], reading, sources.SUFFIXES["regions"])
             except NoSlides:
-                raise error from None
+                raise NoSlides(f"{error}; or of pictures, {', '.join(sources.SUFFIXES['regions'])}") from None
     names: dict[str, str] = {}
     for each in some:
         if names.setdefault(each.slide, each.file) != each.file:
@@ -75,28 +75,36 @@ def opened(source: Source, asked: float, slide_mpp: float | None) -> Iterator[Wh
 
 
 def _opened(source: Source, slide_mpp: float | None) -> Slide | Picture:
+    with _readable(source.path):
+        try:
+            return Slide(source.path, source.mpp, slide_mpp)
+        except SlideError:
+            if not source.file.lower().endswith(sources.SUFFIXES["regions"]):
+                raise
+            return tiles.picture(source, Settings(source=Path(), out=Path(), dataset="slides", kind="regions",
+                                                  slide_mpp=slide_mpp))
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """What a disk says that cannot be read is the slide's failure; what cannot be written is the call's."""
     try:
-        return Slide(source.path, source.mpp, slide_mpp)
-    except SlideError:
-        if not source.file.lower().endswith(sources.SUFFIXES["regions"]):
-            raise
-        return tiles.picture(source, Settings(source=Path(), out=Path(), dataset="slides", kind="regions",
-                                              slide_mpp=slide_mpp))
+        yield
+    except OSError as error:
+        raise SlideError(f"{path} cannot be read ({error})") from error
 
 
 def tried(some: list[Source], asked: float, slide_mpp: float | None,
           refuse: Callable[[Source, Whole], None] = lambda *_: None) -> list[str]:
-    """Opens each before the first is mapped; what is wrong with those that cannot be read, unless it is all of them.
-    `refuse` raises what no slide could be done with."""
+    """Opens each before the first is mapped; what is wrong with those that cannot be read. `refuse` raises what nothing
+    can be done with."""
     doubts: list[str] = []
     for source in some:
         try:
             with opened(source, asked, slide_mpp) as whole:
                 refuse(source, whole)
-        except UNREADABLE as error:
+        except SlideError as error:
             doubts.append(f"{source.slide}: {error}")
-            if len(doubts) == len(some):
-                raise
     return doubts
 
 
@@ -107,39 +115,50 @@ def rows(some: list[Source], out: Path, told: dict[str, Any], do: Callable[[Sour
     found = []
     for source in some:
         note = folder.make(out / DONE) / f"{source.slide}.json"
-        own = {**told, "file": _stamp(source.path)}
-        if (row := _noted(note, own, out)) is None:
+        own, names = {**told, "file": _stamp(source)}, files(source)
+        if (row := _noted(note, own, names, out)) is None:
+            for name in {*names, *_written(note)}:      # made otherwise, or of another file
+                (out / name).unlink(missing_ok=True)
             note.unlink(missing_ok=True)
             try:
                 row = do(source)
-            except UNREADABLE as error:
+            except SlideError as error:
                 row = {"slide": source.slide, "error": str(error)}
-                for name in files(source):      # what an earlier call wrote was made otherwise, or of another file
+                for name in names:
                     (out / name).unlink(missing_ok=True)
             else:
-                folder.write_json(note, {"told": own, "files": files(source), "row": row})
+                folder.write_json(note, {"told": own, "files": names, "row": row})
         found.append(row)
     return found
 
 
-def _stamp(path: Path) -> list[Any]:
-    """Where a file lies, and what changes when it does; of a folder, where it lies."""
-    try:
-        known = path.stat()
-    except OSError:
-        return [str(path.absolute())]
-    return [str(path.absolute()), *([known.st_size, known.st_mtime_ns] if path.is_file() else [])]
+def _stamp(source: Source) -> list[Any]:
+    """Where a file lies, what changes when it does (of a folder nothing), and what a table says of it."""
+    told = [str(source.path.absolute()), source.mpp]
+    with suppress(OSError):
+        known = source.path.stat()
+        told += [known.st_size, known.st_mtime_ns] if source.path.is_file() else []
+    return told
 
 
-def _noted(note: Path, told: dict[str, Any], out: Path) -> dict[str, Any] | None:
+def _noted(note: Path, told: dict[str, Any], names: list[str], out: Path) -> dict[str, Any] | None:
     """The row of a slide that is done, and whose files are there."""
     try:
         known = json.loads(note.read_text())
-        if known["told"] == json.loads(json.dumps(told)) and all((out / name).is_file() for name in known["files"]):
+        if known["told"] == json.loads(json.dumps(told)) and known["files"] == names and all(
+                (out / name).is_file() for name in names):
             return dict(known["row"])
     except (OSError, ValueError, TypeError, KeyError):
         pass
     return None
+
+
+def _written(note: Path) -> list[str]:
+    """The files that an earlier call wrote of a slide."""
+    try:
+        return [name for name in json.loads(note.read_text())["files"] if Path(name).name == name]
+    except (OSError, ValueError, TypeError, KeyError):
+        return []
 
 
 def failed(told: list[dict[str, Any]]) -> dict[str, Any]:

@@ -69,7 +69,10 @@ class Method(base.Method):
             if (width := told.get("width")) != self.encoder.tiles:
                 found.append(f"{home} holds vectors of {width} numbers, and the encoder takes {self.encoder.tiles}; "
                              f"use encoder.args.tiles={width}")
-        if self._begin_as:
+        if self._begin_as and self.encoder.kind != "sparse":
+            found.append(f"method.begin_as={self._begin_as} is for encoder.name=sparse, which begins as layer4 of a "
+                         f"ResNet-18; {self.encoder.kind} begins at random")
+        elif self._begin_as:
             try:
                 SlideEncoder(**self.encoder.args).begin_as(encoders.load(self._begin_as).network.state_dict())
             except ValueError as error:

@@ -29,6 +29,10 @@ class Confidence(nn.Module):
         super().__init__()
         if sees not in SEES:
             raise ValueError(f"sees={sees!r} is not one of {', '.join(SEES)}")
+        dilations = tuple(dilations) if isinstance(dilations, list | tuple) else (dilations,)
+        if odd := [each for each in (classes, width, *dilations) if not isinstance(each, int) or each < 1]:
+            raise ValueError(f"classes={classes}, width={width} and dilations={[*dilations]} are whole numbers from 1 "
+                             f"on, and {odd[0]!r} is none")
         self.classes, self.reach, self.sees = classes, 1 + 2 * sum(dilations), sees
         self.stem = _layer(3, width, 1)
         self.blocks = nn.ModuleList(nn.Sequential(_layer(width, width, each), _layer(width, width, each))

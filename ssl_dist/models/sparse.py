@@ -331,4 +331,4 @@ class SlideEncoder(nn.Module):
         except RuntimeError as error:
             raise ValueError(f"these are no weights for the {self.kind} encoder of {self.tiles} -> {self.width} "
                              "numbers, which begins as layer4 of a ResNet-18 (256 -> 512), kind=sparse: "
-                             f"{str(error).splitlines()[1].strip()}") from None
+                             f"{str(error).splitlines()[1].strip()[:200]}") from None
