@@ -440,7 +440,8 @@ def chain() -> str:
         lines.append(f"| seed {row['seed']} | {' | '.join(cells)} |")
     counts = rows[0]["counts"]
     return "\n".join(lines) + (
-        f"\n\nAUROC in % on {counts['queries']} painted slides, {counts['bank']} others learnt from; in brackets where "
+        f"\n\nAUROC in % on {counts['asked_about']} painted slides, {counts['slides'] - counts['asked_about']} others "
+        "learnt from; in brackets where "
         "95 % of bootstraps lie. They show that the way is whole, and rank nothing. `python benchmarks/chain.py`; "
         f"{found['cpu']}, {found['cpus']} cores (load {found['load_before'][0]:.1f} before), torch "
         f"{found['versions']['torch']}, {found['date']}.")
