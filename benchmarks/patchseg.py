@@ -55,9 +55,11 @@ def trained(recipe: str, seed: int, cut: str, shards: Path, folder: Path) -> dic
     learn.ssl_dist("eval", "eval/segment", f"encoder={run / 'encoder'}", f"regions={REGIONS}", "form=maps",
                    f"seed={seed}", f"cut={cut}", "device=cpu")
     result = json.loads((run / "eval" / "segment.json").read_text())
+    config = yaml.safe_load((run / "config.yaml").read_text())
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return {"recipe": recipe, "seed": seed, **spent_on, "load_while": [*load, *os.getloadavg()],
-            "config": yaml.safe_load((run / "config.yaml").read_text()), **{name: result[name] for name in KEPT},
+            "config": {**config, "run": run.name, "data": {**config["data"], "shards": [shards.name]}},
+            **{name: result[name] for name in KEPT},
             "training": {name: [row[name] for row in rows]
                          for name in ("step", "loss", "separation", "within", "between", "positives", "confidence")}}
 

@@ -139,11 +139,9 @@ class Slide:
         level, downsample = self.level(mpp)
         scale = mpp / self.mpp / downsample
         cut = max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
-        pixels = None
         if (own := self._native(level)) is not None:        # twice as quick as asking OpenSlide
-            with contextlib.suppress(JpegError):            # which knows more, or says what is wrong
-                pixels = own.region(round(x / downsample), round(y / downsample), *cut)
-        if pixels is None:
+            pixels = own.region(round(x / downsample), round(y / downsample), *cut)
+        else:
             pixels = self._read(x, y, level, cut)
         if cut != size:     # Pillow's bilinear averages when it shrinks
             pixels = np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BILINEAR))

@@ -161,5 +161,5 @@ def test_a_slide_that_is_damaged_in_the_middle_is_one_that_cannot_be_read(tmp_pa
     (tmp_path / "s.svs").write_bytes(content)
     (source,) = wholes.found([str(tmp_path)])
     assert wholes.tried([source], 0.5, None) == []
-    with wholes.opened(source, 0.5, None) as whole, pytest.raises(SlideError, match="damaged near"):
+    with wholes.opened(source, 0.5, None) as whole, pytest.raises(SlideError, match="cannot be read"):
         whole.read(0, 0, 1024, 1024)

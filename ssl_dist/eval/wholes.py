@@ -15,6 +15,7 @@ import numpy as np
 
 from shards import folder, sources, tiles
 from shards.index import ShardError
+from shards.jpeg import JpegError
 from shards.settings import Settings
 from shards.slide import Picture, Slide, SlideError
 from shards.sources import NoSlides, Source
@@ -87,10 +88,10 @@ def _opened(source: Source, slide_mpp: float | None) -> Slide | Picture:
 
 @contextmanager
 def _readable(path: Path) -> Iterator[None]:
-    """What a disk says that cannot be read is the slide's failure; what cannot be written is the call's."""
+    """What cannot be read or decoded is the slide's failure; what cannot be written is the call's."""
     try:
         yield
-    except OSError as error:
+    except (OSError, JpegError) as error:
         raise SlideError(f"{path} cannot be read ({error})") from error
 
 
