@@ -140,6 +140,18 @@ def test_no_file_of_an_earlier_call_stays_beside_what_is_made_otherwise(three: l
     assert sorted(each.name for each in out.iterdir()) == [".done"] and not list((out / ".done").iterdir())
 
 
+def test_nothing_that_is_not_ours_is_deleted_or_written_over(three: list[Source], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "a.txt").write_text("somebody's notes on slide a")
+    done(out, three, ("a",))
+    assert (out / "a.txt").read_text() == "somebody's notes on slide a", "where nothing is written, nothing goes"
+    for home in (tmp_path / "own", tmp_path / "out" / ".." / "own"):
+        with pytest.raises(ShardError, match="its map would be written over it"):
+            wholes.rows(three, home, {}, lambda source: {"slide": source.slide}, lambda source: [f"{source.slide}.png"])
+    assert all(each.path.is_file() for each in three)
+
+
 def test_a_disk_that_is_full_is_not_the_slide_s_failure(three: list[Source], tmp_path: Path) -> None:
     looked: list[str] = []
 

@@ -113,20 +113,21 @@ def rows(some: list[Source], out: Path, told: dict[str, Any], do: Callable[[Sour
          files: Callable[[Source], list[str]]) -> list[dict[str, Any]]:
     """A row a slide. What a call before has done of the same file and by all the same (`told`) is not done again; the
     row of one that cannot be read is its error, and the next call tries it again."""
+    own_places = {source.path.resolve() for source in some}
+    if over := [out / name for source in some for name in files(source) if (out / name).resolve() in own_places]:
+        raise ShardError(f"{over[0]} is to be mapped, and its map would be written over it; choose another out=")
     found = []
     for source in some:
         note = folder.make(out / DONE) / f"{source.slide}.json"
         own, names = {**told, "file": _stamp(source)}, files(source)
         if (row := _noted(note, own, names, out)) is None:
-            for name in {*names, *_written(note)}:      # made otherwise, or of another file
+            for name in _written(note):     # made otherwise, or of another file
                 (out / name).unlink(missing_ok=True)
             note.unlink(missing_ok=True)
             try:
                 row = do(source)
             except SlideError as error:
                 row = {"slide": source.slide, "error": str(error)}
-                for name in names:
-                    (out / name).unlink(missing_ok=True)
             else:
                 folder.write_json(note, {"told": own, "files": names, "row": row})
         found.append(row)
