@@ -556,8 +556,8 @@ def _variants() -> str:
             found.setdefault(_as_seen(each), {})[each["seed"]] = 100 * each["metrics"]["dice"]
     several = [f"patches show {patches}, the network sees {sees}, cut at {cut}: {statistics.mean(own.values()):.1f}"
                for (patches, sees, cut), own in found.items() if len(own) > 2]
-    return f"Variants that were asked about on the same six before, three seeds each ({'; '.join(several)}); on the " \
-        "training patients this one was level with the best of them. " if several else ""
+    return f"Variants that were asked about on the same patients, three seeds each: {'; '.join(several)}; why this " \
+        "one was taken, and when, stands in [segmentation](docs/segmentation.md). " if several else ""
 
 
 def _as_seen(result: dict) -> tuple[str, str, str]:

@@ -218,9 +218,10 @@ def _names(shards: dict[str, Any], known: dict[str, list[str]]) -> list[str]:
 def _protocol(told: Any) -> str:
     name = printable(under(told, "protocol") or "unknown")
     k = _number(under(told, "k"))
-    step, number, cut = (printable(under(told, key)) for key in ("step", "class", "cut"))
-    return PROTOCOLS.get(name, name) + (f", k = {k:g}" if name == "knn" and k else "") + (
-        f", class {number} of step {step}, cut at {cut}" if name == "segment" else "")
+    if name == "segment":
+        step, number = (printable(under(told, key)) for key in ("step", "class"))
+        return f"{PROTOCOLS[name]}, class {number} of step {step}, cut at {printable(under(told, 'cut') or 'half')}"
+    return PROTOCOLS.get(name, name) + (f", k = {k:g}" if name == "knn" and k else "")
 
 
 def _scores(told: Any) -> list[tuple[str, str, Score, dict[str, Score]]]:

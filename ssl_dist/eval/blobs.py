@@ -8,7 +8,7 @@ import numpy as np
 
 from ssl_dist.data import opencv
 from ssl_dist.eval import pieces
-from ssl_dist.models.stains import STAINS
+from ssl_dist.models.stains import UNMIX
 
 SURE = 0.5
 DISKS = 3, 1            # radii of the authors' opening and closing, in this order
@@ -38,7 +38,7 @@ def dice(found_HW: np.ndarray, true_HW: np.ndarray) -> float:
 def haematoxylin(picture_HW3: np.ndarray) -> np.ndarray:
     """How much of it lies on each pixel, in natural optical density."""
     density_HW3 = -np.log(np.maximum(picture_HW3, 1) / 255.0)
-    return density_HW3 @ np.linalg.inv(STAINS)[:, 0]
+    return density_HW3 @ UNMIX[:, 0]
 
 
 def grey(picture_HW3: np.ndarray) -> np.ndarray:

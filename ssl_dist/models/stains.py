@@ -9,6 +9,7 @@ from torch import Tensor
 
 # How much haematoxylin, eosin and what is left take of red, green and blue light; a row each.
 STAINS = np.array([[0.65, 0.70, 0.29], [0.07, 0.99, 0.11], [0.27, 0.57, 0.78]])
+UNMIX = np.linalg.inv(STAINS)
 DARKEST = 1 / 255       # of light: of none there is no logarithm
 
 
@@ -19,5 +20,4 @@ def density(light_B3HW: Tensor) -> Tensor:
 
 def amounts(density_B3HW: Tensor) -> Tensor:
     """Of haematoxylin, eosin and what is left (B, 3, H, W): densities add up, so this is linear."""
-    unmix_33 = torch.from_numpy(np.linalg.inv(STAINS)).to(density_B3HW)
-    return torch.einsum("bchw,cs->bshw", density_B3HW, unmix_33)
+    return torch.einsum("bchw,cs->bshw", density_B3HW, torch.from_numpy(UNMIX).to(density_B3HW))
